@@ -1,0 +1,5 @@
+"""What every generative policy needs and no paper is about: files, folders, simulators, numerical integration."""
+
+
+class UserError(Exception):
+    """A mistake in the input, told in one sentence: what is wrong, where, what to do. The command line exits with code 2."""
