@@ -1,0 +1,266 @@
+"""Samplers: from noise to actions, and the log-density of the actions.
+
+Time t runs over [0, 1], 0 = action (data), 1 = noise, and every sampler goes from 1 to 0. `x` is (..., A), usually
+(B, A). `velocity` and `noise_prediction` are callables (x, t) -> (..., A) that act on every row by itself and get t as
+a 0-dim tensor; a `schedule` is an elementwise callable t -> (alpha, sigma) with x_t = alpha_t a + sigma_t eps.
+
+    ode                                 from a velocity: Euler, midpoint, Runge-Kutta 4
+    ddim, sde, dpm_solver_pp, ddpm      from a noise prediction
+    ode_with_log_density, log_density   log pi(a) along the sampling, log mu(a) of a given action
+
+Everything is differentiable, draws only from the generator it is given, and never makes the host wait for the device.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch.func import jvp, vmap
+from torch.nn.functional import pad
+
+Model = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (..., A), () -> (..., A)
+Schedule = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # t -> alpha, sigma
+
+# A noise prediction says nothing about the action where alpha = 0, as at t = 1 of the cosine and the linear path, so its
+# samplers begin here. They take N(0, I) for the marginal: wrong by alpha (1.6e-3, 1e-3) of the data's mean and scale.
+NOISE_START = 1.0 - 1e-3
+SERIES_TERMS = 4  # in Hutchinson's estimate of a log-determinant
+
+
+def time_grid(steps: int, x: torch.Tensor, power: float = 1.0) -> torch.Tensor:
+    """The nodes (k / steps) ** power from 1 to 0, (steps + 1,): uniform for 1, crowded towards the action for 2."""
+    return torch.linspace(1.0, 0.0, steps + 1, device=x.device, dtype=x.dtype) ** power
+
+
+def normal_like(x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Draws from N(0, I), in x's shape."""
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+
+def rademacher_like(x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Independent fair signs, -1 or 1, in x's shape."""
+    return 2.0 * torch.randint(0, 2, x.shape, generator=generator, device=x.device).to(x.dtype) - 1.0
+
+
+# 1. From a velocity. One step of dx/dt = v(x, t), from time t to time s
+
+
+def euler(velocity: Model, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    return x + (s - t) * velocity(x, t)
+
+
+def midpoint(velocity: Model, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    half = (s - t) / 2
+    return x + (s - t) * velocity(x + half * velocity(x, t), t + half)
+
+
+def rk4(velocity: Model, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    half = (s - t) / 2
+    k1 = velocity(x, t)
+    k2 = velocity(x + half * k1, t + half)
+    k3 = velocity(x + half * k2, t + half)
+    k4 = velocity(x + (s - t) * k3, s)
+    return x + (s - t) / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+
+METHODS = {"euler": euler, "midpoint": midpoint, "rk4": rk4}
+
+
+def ode_step(method: str) -> Callable[[Model, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    if method not in METHODS:
+        raise ValueError(f"unknown ODE method {method!r}: choose from {', '.join(METHODS)}")
+    return METHODS[method]
+
+
+def ode(velocity: Model, x: torch.Tensor, steps: int, method: str = "euler", power: float = 1.0) -> torch.Tensor:
+    """Integrate dx/dt = v(x, t) from noise at t = 1 to actions at t = 0: (..., A) -> (..., A).
+
+    The probability-flow ODE (Song et al. 2021, arXiv 2011.13456, Eq. (13)) or a flow (Lipman et al. 2023, 2210.02747).
+    `method` is "euler" (order 1, one evaluation a step), "midpoint" (2, two) or "rk4" (the classical Runge-Kutta, 4,
+    four); any other raises ValueError. Euler and midpoint never evaluate at t = 0. rk4 does, in its very last stage: a
+    velocity that is singular there (sigma' of the VP path) must guard itself.
+    """
+    step = ode_step(method)
+    for t, s in pairwise(time_grid(steps, x, power)):
+        x = step(velocity, x, t, s)
+    return x
+
+
+# 2. From a noise prediction eps(x, t), which estimates the action as (x - sigma eps) / alpha
+
+
+def noise_nodes(schedule: Schedule, steps: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """t, alpha and sigma on the uniform grid from NOISE_START to 0: three of (steps + 1,)."""
+    t = NOISE_START * time_grid(steps, x)
+    return t, *schedule(t)
+
+
+def ddim(noise_prediction: Model, schedule: Schedule, x: torch.Tensor, steps: int) -> torch.Tensor:
+    """DDIM: Song et al. 2021 (arXiv 2010.02502), Eq. (12) without noise: (..., A) -> (..., A)."""
+    grid, alphas, sigmas = noise_nodes(schedule, steps, x)
+    for t, (alpha, alpha_next), (sigma, sigma_next) in zip(grid, pairwise(alphas), pairwise(sigmas)):
+        eps = noise_prediction(x, t)
+        action = (x - sigma * eps) / alpha
+        x = alpha_next * action + sigma_next * eps
+    return x
+
+
+def sde(
+    noise_prediction: Model, schedule: Schedule, x: torch.Tensor, steps: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """The reverse-time SDE of Song et al. 2021 (arXiv 2011.13456), Eq. (6): (..., A) -> (..., A).
+
+    Each step draws from q(x_s | x_t, a) at the estimated action a: ancestral sampling, Eq. (12) of arXiv 2010.02502
+    with eta = 1. To first order in the step this is Euler-Maruyama, but it needs neither the drift and diffusion,
+    infinite where alpha = 0, nor 1 / sigma at t = 0. It is DDIM with a part of the noise drawn anew.
+    """
+    grid, alphas, sigmas = noise_nodes(schedule, steps, x)
+    for t, (alpha, alpha_next), (sigma, sigma_next) in zip(grid, pairwise(alphas), pairwise(sigmas)):
+        eps = noise_prediction(x, t)
+        action = (x - sigma * eps) / alpha
+        kept = (alpha * sigma_next) / (alpha_next * sigma)  # in [0, 1): the ratio of alpha / sigma before and after
+        noise = kept * eps + (1 - kept**2).sqrt() * normal_like(x, generator)
+        x = alpha_next * action + sigma_next * noise
+    return x
+
+
+def dpm_solver_pp(noise_prediction: Model, schedule: Schedule, x: torch.Tensor, steps: int) -> torch.Tensor:
+    """DPM-Solver++(2M): Lu et al. 2022 (arXiv 2211.01095), Algorithm 2, on a grid uniform in t: (..., A) -> (..., A).
+
+    DDIM with the action estimate extrapolated along lambda = log(alpha / sigma), which makes it second order. The first
+    step has nothing to extrapolate from and the last one goes to lambda = infinity: these two are plain DDIM steps.
+    """
+    grid, alphas, sigmas = noise_nodes(schedule, steps, x)
+    gaps = (alphas / sigmas)[:-1].log().diff()
+    weights = pad(gaps[1:] / (2 * gaps[:-1]), (1, 1))  # 1 / (2 r) in the paper; 0 at both ends
+    previous = torch.zeros_like(x)
+    for t, weight, (alpha, alpha_next), (sigma, sigma_next) in zip(grid, weights, pairwise(alphas), pairwise(sigmas)):
+        action = (x - sigma * noise_prediction(x, t)) / alpha
+        ahead = action + weight * (action - previous)
+        x = alpha_next * ahead + sigma_next * (x - alpha * ahead) / sigma
+        previous = action
+    return x
+
+
+def ddpm(
+    noise_prediction: Model,
+    betas: torch.Tensor,
+    x: torch.Tensor,
+    generator: torch.Generator | None = None,
+    clip: bool = True,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Ancestral sampling in discrete time: Ho et al. 2020 (arXiv 2006.11239), Algorithm 2: (..., A) -> (..., A).
+
+    `betas` is (T,), and the model gets t = T-1, ..., 0 unscaled. The noise has the scale sqrt(beta_t) times
+    `temperature`. `clip` keeps x itself, noise included, in [-1, 1] after every step, as in IDQL (arXiv 2304.10573).
+    """
+    betas = betas.to(x)
+    alpha_bars = (1 - betas).cumprod(0)
+    for i in reversed(range(len(betas))):
+        eps = noise_prediction(x, torch.full((), i, device=x.device, dtype=x.dtype))
+        x = (x - betas[i] / (1 - alpha_bars[i]).sqrt() * eps) / (1 - betas[i]).sqrt()
+        if i > 0:
+            x = x + temperature * betas[i].sqrt() * normal_like(x, generator)
+        if clip:
+            x = x.clamp(-1.0, 1.0)
+    return x
+
+
+# 3. The log-density of `ode`'s actions. The sampler is a composition of maps y = x - h v(x, t) (for Euler), so by the
+# change of variables  log p(action) = log N(x_1; 0, I) - sum_k log |det dy_k/dx_k|,  dy/dx = I - h J,  J = dv/dx.
+# This is the exact density of the sampler as it runs, not an estimate of the continuous flow's: there is no error of
+# discretisation for a policy to exploit. It holds while every map is a bijection, for which h ||J|| < 1 suffices. Where
+# the data is narrower than the last step, h J nears 1 there and a fitted velocity may fold: power = 2 shortens that step.
+
+
+def log_normal(x: torch.Tensor) -> torch.Tensor:
+    """log N(x; 0, I): (..., A) -> (...)."""
+    return -0.5 * (x**2 + math.log(2 * math.pi)).sum(-1)
+
+
+def with_jacobian(step: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = step(x) and dy/dx, by A Jacobian-vector products in one batch: (..., A) -> (..., A), (..., A, A)."""
+    basis = torch.eye(x.shape[-1], device=x.device, dtype=x.dtype)
+    return vmap(lambda e: jvp(step, (x,), (e.expand_as(x),)), out_dims=(None, -1))(basis)
+
+
+def with_log_det(
+    step: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, probe: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = step(x) and log |det dy/dx|: (..., A) -> (..., A), (...).
+
+    Exact without a probe. With one, Hutchinson's estimate of the traces in log det(I - N) = -sum_k tr(N^k) / k, for
+    N = I - dy/dx = h J, cut after SERIES_TERMS (Behrmann et al. 2019, arXiv 1811.00995, Algorithm 2): unbiased but for
+    the terms left out, tr(N^5) / 5 + ..., hence small only where h ||J|| is well below 1.
+    """
+    if probe is None:
+        y, jacobian = with_jacobian(step, x)
+        return y, torch.linalg.slogdet(jacobian).logabsdet
+    log_det, moved = torch.zeros_like(x[..., 0]), probe
+    for k in range(1, SERIES_TERMS + 1):
+        y, pushed = jvp(step, (x,), (moved,))
+        moved = moved - pushed  # N^k probe
+        log_det = log_det - (probe * moved).sum(-1) / k
+    return y, log_det
+
+
+def invert(step: Callable[[torch.Tensor], torch.Tensor], y: torch.Tensor, iterations: int) -> torch.Tensor:
+    """The x with step(x) = y, by Newton's method from x = y: (..., A) -> (..., A).
+
+    Autograd records only the last iteration: at the solution its first derivatives, with respect to y and to what step
+    depends on, are those of the implicit function. Second derivatives are not.
+    """
+    x = y
+    for _ in range(iterations):
+        x = x.detach()
+        reached, jacobian = with_jacobian(step, x)
+        x = x + torch.linalg.solve_ex(jacobian.detach(), (y - reached).unsqueeze(-1)).result.squeeze(-1)
+    return x
+
+
+def ode_with_log_density(
+    velocity: Model,
+    x: torch.Tensor,
+    steps: int,
+    method: str = "euler",
+    power: float = 1.0,
+    probe: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The action of `ode(velocity, x, steps, method, power)` and its log pi(action): (..., A) -> (..., A), (...).
+
+    `probe` is None for exact log-determinants, or one `rademacher_like(x)` for the whole solve to estimate them
+    (Grathwohl et al. 2019, arXiv 1810.01367). Give `log_density` the same one: equal velocities, equal estimates.
+    """
+    step, log_pi = ode_step(method), log_normal(x)
+    for t, s in pairwise(time_grid(steps, x, power)):
+        x, log_det = with_log_det(lambda z, t=t, s=s: step(velocity, z, t, s), x, probe)
+        log_pi = log_pi - log_det
+    return x, log_pi
+
+
+def log_density(
+    velocity: Model,
+    action: torch.Tensor,
+    steps: int,
+    method: str = "euler",
+    power: float = 1.0,
+    probe: torch.Tensor | None = None,
+    iterations: int = 6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log mu(action) under the model `ode_with_log_density` samples, and the inversion's error: (..., A) -> (...), (...).
+
+    Undoes the sampler's own steps, so that the mean of log pi - log mu over pi's actions is a KL divergence: 0 for equal
+    velocities, never negative. The error is the largest miss of an undone step; where it is not tiny (Newton did not
+    converge, or the map folds) log mu is not to be trusted.
+    """
+    step, x = ode_step(method), action
+    log_dets, error = torch.zeros_like(action[..., 0]), torch.zeros_like(action[..., 0])
+    for s, t in pairwise(time_grid(steps, action, power).flip(0)):
+        y, undone = x, lambda z, t=t, s=s: step(velocity, z, t, s)
+        x = invert(undone, y, iterations)
+        again, log_det = with_log_det(undone, x, probe)
+        log_dets = log_dets + log_det
+        error = torch.maximum(error, (again - y).detach().abs().amax(-1))
+    return log_normal(x) - log_dets, error

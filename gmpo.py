@@ -1,0 +1,493 @@
+"""GMPO: a diffusion or flow policy fitted by advantage-weighted regression, in one file.
+
+    python gmpo.py                                                    hopper-demo, made on the spot, minutes on a laptop
+    python gmpo.py --env bandit --path vp                             a problem with a known answer, seconds
+    python gmpo.py --env halfcheetah-medium-expert-v2 --path gvp      D4RL's data, physics and score
+    python gmpo.py --env my.hdf5 --eval-env hopper                    own data
+    python gmpo.py --beta 0 --critic-steps 0                          every weight 1: behaviour cloning, the yardstick
+
+Paper: Zhang et al., "Revisiting Generative Policies: A Simpler Reinforcement Learning Algorithmic Perspective", arXiv:2412.01245.
+
+Offline RL: D holds transitions (s, a, r, s', d) of an unknown behaviour policy mu(a|s), and nothing more is ever collected. The policy that
+maximises E[Q(s, a)] - KL(pi || mu) / beta is  pi*(a|s) = mu(a|s) exp(beta (Q(s, a) - V(s))) / Z(s): the behaviour, re-weighted. GMPO fits a
+generative model to it, weighting each action of the data in the ordinary training loss of the model. In order:
+
+  critic (IQL, arXiv:2110.06169, in the general form of IDQL, arXiv:2304.10573)
+    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]                     f asymmetric: V becomes the value of a policy better than mu
+    (2)  L_Q = E_D[ sum_i (r + gamma (1 - d) V(s') - Q_i(s, a))^2 ]
+    (3)  Q' <- (1 - target_rate) Q' + target_rate Q                  the target critic follows slowly
+  generative model of actions; time runs from t = 0, the action, to t = 1, the noise eps ~ N(0, I)
+    (4)  x_t = alpha_t a + sigma_t eps                               the path
+    (5)  l(s, a) = 1/2 |net(x_t, t, s) - target|^2                   target: the velocity alpha'_t a + sigma'_t eps, or the noise eps
+    (6)  dx/dt = velocity(x, t, s), integrated from t = 1 to 0       noise becomes an action
+  policy
+    (7)  w(s, a) = min(exp(beta (min_i Q_i(s, a) - V(s))), weight_max)
+    (8)  L = E_D[ w(s, a) l(s, a) ]                                  GMPO
+    (9)  L = E_D[ sum_k softmax_k(beta min_i Q_i(s, a_k)) l(s, a_k) ]   the same with K actions a_k sampled from a model of mu
+
+B is the batch, O the size of an observation, A of an action, K the sampled actions of a state. Read iql_critic.py before this file; after it
+`diff gmpo.py gmpg.py` shows a policy gradient in the place of section 5, `diff gmpo.py idql.py` the weights at acting time.
+"""
+
+# ruff: noqa: E741
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import UserError, bandit, datasets, environments, runs, samplers
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 1. Arguments
+
+
+@dataclass
+class Args:
+    env: str = "hopper-demo"
+    """the data: hopper-demo, bandit, a D4RL name such as halfcheetah-medium-expert-v2, or the path of an HDF5 file"""
+    eval_env: str | None = None
+    """where an own HDF5 file's policy is scored: a D4RL family such as hopper (normalised score), or a Gymnasium id (raw return)"""
+    seed: int = 0
+    """of networks, batches and noise; the evaluation has a stream of its own"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
+    run_dir: Path | None = None
+    """the run's folder; None: runs/<env>/gmpo/seed<seed>"""
+    resume: bool = False
+    """go on from the run folder's checkpoint, if there is one"""
+    eval_only: bool = False
+    """score the run folder's checkpoint and stop"""
+    allow_unverified: bool = False
+    """accept a D4RL file whose checksum is not the published one"""
+    normalize_obs: bool | None = None
+    """let the networks see (obs - mean) / std; None: as PAPER says"""
+
+    critic: Path | None = None
+    """a run of iql_critic.py (its folder) whose critic is taken as it is, instead of training one"""
+    critic_steps: int | None = None
+    """gradient steps of the critic; None: as PAPER says"""
+    critic_lr: float = 3e-4
+    """Adam's learning rate for Q and V"""
+    critic_loss: Literal["expectile", "quantile", "exponential"] = "expectile"
+    """f of Eq. (1)"""
+    expectile: float | None = None
+    """tau of the expectile and of the quantile loss, in (0, 1); None: as PAPER says"""
+    linex_alpha: float = 1.0
+    """alpha of the exponential loss, on the scale of the scaled rewards"""
+    linex_max: float = 6.0
+    """exp(alpha u) grows linearly from this value on, in the exponential loss"""
+    discount: float = 0.99
+    """gamma"""
+    target_rate: float = 0.005
+    """share of the new weights in Eq. (3)"""
+
+    path: Literal["vp", "gvp", "icfm"] = "gvp"
+    """Eq. (4): vp variance-preserving diffusion (noise prediction), gvp trigonometric, icfm straight line (both velocity)"""
+    icfm_sigma: float = 0.0
+    """extra noise along the straight path; the reference code has 0.1, which blurs the actions by as much"""
+    network: Literal["mlp", "paper"] = "mlp"
+    """mlp: the state beside the noisy action; paper: the reference's U-shaped net, the state squeezed into 32 numbers"""
+    solver: Literal["ddim", "dpmpp", "euler", "midpoint", "rk4", "sde"] = "ddim"
+    """how Eq. (6) is integrated"""
+    sampler_steps: int = 16
+    """steps of the solver"""
+    actions: Literal["data", "static", "resampled"] = "data"
+    """data: Eq. (8); static: Eq. (9), K actions a state sampled once; resampled: Eq. (9), sampled afresh each step"""
+    behaviour_steps: int | None = None
+    """gradient steps of the model of mu that Eq. (9) samples from; None: as PAPER says, 0 with --actions data"""
+    candidates: int = 16
+    """K of Eq. (9)"""
+
+    policy_steps: int | None = None
+    """gradient steps of the policy; None: as PAPER says"""
+    policy_lr: float | None = None
+    """Adam's learning rate for the policy; None: as PAPER says"""
+    lr_decay: bool | None = None
+    """let the policy's learning rate fall to 0 along a cosine; None: as PAPER says"""
+    beta: float | None = None
+    """the temperature in Eq. (7): 0 is behaviour cloning, large is greedy; None: as PAPER says"""
+    weight_max: float | None = None
+    """the largest weight in Eq. (7); None: as PAPER says"""
+    batch_size: int | None = None
+    """transitions a gradient step; None: as PAPER says"""
+
+    eval_every: int | None = None
+    """gradient steps between evaluations; None: as PAPER says"""
+    eval_episodes: int = 10
+    """episodes an evaluation, all in lock-step"""
+    log_every: int = 1000
+    """gradient steps between two lines of metrics"""
+    save_every: int = 10_000
+    """gradient steps between checkpoints"""
+
+
+# Steps are the reference's epochs times its steps an epoch (batch 4096). Where a name is missing, "*" holds.
+PAPER = {
+    "*": dict(
+        critic_steps=1_000_000, behaviour_steps=1_000_000, policy_steps=2_000_000, batch_size=4096, policy_lr=1e-4, lr_decay=False,
+        beta=4.0, weight_max=100.0, expectile=0.7, normalize_obs=None, eval_every=50_000,
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 2. Networks
+
+
+class Normalize(nn.Module):
+    """obs (..., O) -> (obs - mean) / std. Buffers of every network, so that a saved or copied network takes raw observations."""
+
+    def __init__(self, obs: torch.Tensor, normalize: bool):
+        super().__init__()
+        mean, std = obs.mean(0), obs.std(0)
+        self.register_buffer("mean", mean if normalize else torch.zeros_like(mean))
+        self.register_buffer("std", std.clamp(min=1e-3) if normalize else torch.ones_like(std))
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return (obs - self.mean) / self.std
+
+
+def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
+    """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation (gain sqrt 2 on every layer, the last included)."""
+    layers = []
+    for size_in, size_out in zip(sizes, sizes[1:]):
+        linear = nn.Linear(size_in, size_out)
+        nn.init.orthogonal_(linear.weight, math.sqrt(2))
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.ReLU(), *([nn.Dropout(dropout)] if dropout else [])]
+    return nn.Sequential(*layers[: -2 if dropout else -1])
+
+
+class TwinQ(nn.Module):
+    """Two independent critics Q_1, Q_2: (B, O), (B, A) -> (2, B)."""
+
+    def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.normalize = normalize
+        self.nets = nn.ModuleList(mlp(obs_dim + action_dim, 256, 256, 1) for _ in range(2))
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.normalize(obs), action], -1)
+        return torch.stack([net(x).squeeze(-1) for net in self.nets])
+
+
+class Value(nn.Module):
+    """V: (B, O) -> (B,)."""
+
+    def __init__(self, normalize: Normalize, obs_dim: int):
+        super().__init__()
+        self.normalize, self.net = normalize, mlp(obs_dim, 256, 256, 1)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.net(self.normalize(obs)).squeeze(-1)
+
+
+class StateMLP(nn.Module):
+    """net(x_t, t, s), the state beside the noisy action: (B, A), (B,), (B, O) -> (B, A)."""
+
+    def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int, width: int = 256):
+        super().__init__()
+        self.normalize = normalize
+        self.register_buffer("frequencies", math.pi * torch.arange(1, 9))
+        sizes = [action_dim + 16 + obs_dim, width, width, width]
+        hidden = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.SiLU())]
+        self.net = nn.Sequential(*hidden, nn.Linear(width, action_dim))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+        angle = t[:, None] * self.frequencies  # (B, 8)
+        return self.net(torch.cat([x, angle.cos(), angle.sin(), self.normalize(obs)], -1))
+
+
+class PaperBlock(nn.Module):
+    """A residual block of PaperNet: (B, in), (B, 128) -> (B, out)."""
+
+    def __init__(self, size_in: int, size_out: int):
+        super().__init__()
+        self.first, self.second = nn.Linear(size_in, size_out), nn.Linear(size_out, size_out)
+        self.embedding = nn.Linear(128, size_out)
+        self.skip = nn.Linear(size_in, size_out) if size_in != size_out else nn.Identity()
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        h = F.silu(self.first(x)) + self.embedding(F.silu(embedding))
+        return F.silu(self.second(h)) + self.skip(x)
+
+
+class PaperNet(nn.Module):
+    """The reference's net(x_t, t, s), U-shaped, the state in the embedding only: (B, A), (B,), (B, O) -> (B, A)."""
+
+    def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.normalize = normalize
+        self.register_buffer("frequencies", 30 * 2 * math.pi * torch.randn(16))
+        self.condition = nn.Linear(obs_dim, 32)
+        self.embed = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 128))
+        self.down = nn.ModuleList([PaperBlock(action_dim, 512), PaperBlock(512, 256), PaperBlock(256, 128)])
+        self.middle = PaperBlock(128, 128)
+        self.up = nn.ModuleList([PaperBlock(256, 256), PaperBlock(512, 512)])
+        self.head = nn.Linear(1024, action_dim)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+        angle = t[:, None] * self.frequencies  # (B, 16)
+        embedding = self.embed(torch.cat([angle.sin(), angle.cos(), F.silu(self.condition(self.normalize(obs)))], -1))
+        skips = []
+        for block in self.down:
+            skips.append(x := block(x, embedding))
+        x = self.middle(x, embedding)
+        for block in self.up:
+            x = block(torch.cat([x, skips.pop()], -1), embedding)
+        return self.head(torch.cat([x, skips.pop()], -1))
+
+
+NETWORKS = {"mlp": StateMLP, "paper": PaperNet}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 3. The generative model: t = 0 is the action, t = 1 the noise
+
+
+def alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha_t and sigma_t of Eq. (4), of t's shape."""
+    if path == "vp":  # beta_t = 0.1 + 19.9 t and alpha_t = exp(-1/2 int_0^t beta)
+        alpha = torch.exp(-19.9 / 4 * t**2 - 0.1 / 2 * t)
+        return alpha, torch.sqrt(-torch.expm1(2 * alpha.log()))
+    if path == "gvp":
+        return torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
+    return 1 - t, t
+
+
+def d_alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Their derivatives by t; sigma'_t of vp is infinite at t = 0."""
+    alpha, sigma = alpha_sigma(t, path)
+    if path == "vp":
+        d_alpha = -0.5 * (0.1 + 19.9 * t) * alpha
+        return d_alpha, -alpha * d_alpha / sigma  # from alpha^2 + sigma^2 = 1
+    if path == "gvp":
+        return -math.pi / 2 * sigma, math.pi / 2 * alpha
+    return -torch.ones_like(t), torch.ones_like(t)
+
+
+def matching_loss(net: nn.Module, action: torch.Tensor, obs: torch.Tensor, args: Args) -> torch.Tensor:
+    """Eq. (5) of each sample, summed over action dimensions: (B, A), (B, O) -> (B,)."""
+    eps = torch.randn_like(action)
+    t = torch.rand(len(action), device=action.device)
+    alpha, sigma = alpha_sigma(t[:, None], args.path)
+    x = alpha * action + sigma * eps  # Eq. (4)
+    if args.path == "vp":
+        target = eps
+    else:
+        d_alpha, d_sigma = d_alpha_sigma(t[:, None], args.path)
+        target = d_alpha * action + d_sigma * eps
+    if args.path == "icfm":
+        x = x + args.icfm_sigma * torch.randn_like(x)
+    return 0.5 * (net(x, t, obs) - target).square().sum(-1)  # Eq. (5)
+
+
+def velocity(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor, path: str) -> torch.Tensor:
+    """dx/dt of Eq. (6), towards the noise: (B, A), (), (B, O) -> (B, A)."""
+    out = net(x, t.expand(len(x)), obs)
+    if path != "vp":
+        return out
+    t = t.clamp(min=1e-3)  # 1 / sigma_t is infinite at t = 0
+    alpha, sigma = alpha_sigma(t, path)
+    return d_alpha_sigma(t, path)[0] / alpha * (x - out / sigma)  # alpha' a + sigma' eps with a = (x - sigma eps) / alpha
+
+
+def sample(net: nn.Module, obs: torch.Tensor, action_dim: int, args: Args, generator=None) -> torch.Tensor:
+    """Eq. (6): noise -> actions, (B, O) -> (B, A)."""
+    x = torch.randn(len(obs), action_dim, device=obs.device, generator=generator)
+    h = 1 / args.sampler_steps
+    if args.path=="vp":
+        for k in range(args.sampler_steps):
+            t=torch.tensor(1-k*h); s=torch.tensor(1-(k+1)*h)
+            al,si=alpha_sigma(t,"vp"); al2,si2=alpha_sigma(s,"vp")
+            e=net(x,t.expand(len(x)),obs)
+            x=al2*(x-si*e)/al+si2*e
+    else:
+        for k in range(args.sampler_steps):
+            x = x - h * velocity(net, x, torch.tensor(1 - k * h), obs, args.path)
+    return x.clamp(-1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 4. The critic
+
+
+class Critic(nn.Module):
+    """Q, its slow copy Q', and V."""
+
+    def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.q, self.v = TwinQ(normalize, obs_dim, action_dim), Value(normalize, obs_dim)
+        self.target_q = copy.deepcopy(self.q).requires_grad_(False)
+
+
+def f(u: torch.Tensor, args: Args) -> torch.Tensor:
+    """The asymmetric loss of Eq. (1), elementwise, at u = Q - V."""
+    if args.critic_loss == "exponential":  # exp(alpha u) - alpha u, its exponential continued linearly above linex_max
+        x = args.linex_alpha * u
+        knee = math.log(args.linex_max)
+        return torch.exp(x.clamp(max=knee)) + args.linex_max * (x - knee).clamp(min=0) - x
+    share = torch.where(u > 0, args.expectile, 1 - args.expectile)
+    return share * u.square() if args.critic_loss == "expectile" else share * u.abs()
+
+
+def v_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
+    """Eq. (1)."""
+    with torch.no_grad():
+        q = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
+    v = critic.v(batch.obs)
+    loss = f(q - v, args).mean()
+    return loss, {"critic/v_loss": loss.detach(), "critic/v": v.detach().mean()}
+
+
+def q_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
+    """Eq. (2), with V as Eq. (1) has just left it."""
+    with torch.no_grad():
+        target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
+    q = critic.q(batch.obs, batch.action)  # (2, B)
+    loss = (q - target).square().mean(-1).sum()
+    return loss, {"critic/q_loss": loss.detach(), "critic/q": q.detach().mean()}
+
+
+def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> None:
+    """Eq. (3), in place: target_rate is the share of the NEW weights."""
+    with torch.no_grad():
+        for old, new in zip(target.parameters(), online.parameters()):
+            old.lerp_(new, target_rate)
+
+
+@torch.no_grad()
+def advantages(critic: Critic, data: datasets.Dataset) -> torch.Tensor:
+    """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
+    chunks = zip(data.obs.split(65_536), data.action.split(65_536))
+    return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 5. The policy
+
+
+def weights(advantage: torch.Tensor, args: Args) -> torch.Tensor:
+    """Eq. (7), elementwise."""
+    return torch.exp(args.beta * advantage).clamp(max=args.weight_max)
+
+
+@torch.no_grad()
+def candidates(critic: Critic, behaviour: nn.Module, obs: torch.Tensor, action_dim, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+    """The K sampled actions of each state in Eq. (9) and their weights: (B, O) -> (B, K, A), (B, K)."""
+    repeated = obs.repeat_interleave(args.candidates, 0)  # (B K, O), the K rows of a state side by side
+    action = sample(behaviour, repeated, action_dim, args)
+    q = critic.q(repeated, action).amin(0).view(len(obs), -1)  # (B, K)
+    return action.view(len(obs), args.candidates, -1), torch.softmax(args.beta * q, -1)
+
+
+def policy_loss(policy: nn.Module, obs: torch.Tensor, action: torch.Tensor, weight: torch.Tensor, args: Args) -> tuple[torch.Tensor, dict]:
+    """Eq. (8) with K = 1 action a state, Eq. (9) with more: (B, O), (B, K, A), (B, K)."""
+    repeated = obs.repeat_interleave(action.shape[1], 0)
+    loss = matching_loss(policy, action.flatten(0, 1), repeated, args).view_as(weight)  # (B, K)
+    loss = (weight * loss).sum(-1).mean()
+    return loss, {"policy/loss": loss.detach(), "policy/weight": weight.mean(), "policy/ess": weight.sum() ** 2 / (weight.numel() * weight.square().sum())}
+
+
+def act(policy: nn.Module, obs: torch.Tensor, action_dim: int, args: Args, generator=None) -> torch.Tensor:
+    """(B, O) -> (B, A) in [-1, 1]."""
+    return sample(policy, obs, action_dim, args, generator)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 6. Evaluation
+
+
+@torch.no_grad()
+def evaluate(policy: nn.Module, data: datasets.Dataset, run: runs.Run, args: Args, step: int) -> dict:
+    """Score of args.eval_episodes episodes in lock-step, one batched policy call a step, from a random stream of their own."""
+    seed = int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0])
+    generator = torch.Generator(args.device).manual_seed(seed)
+    if args.env == "bandit":
+        action = act(policy, data.obs[:4096], data.action_dim, args, generator)
+        return bandit.report(action, torch.softmax(args.beta * bandit.REWARDS, -1), run, step)
+    if args.eval_env is None:
+        return {}
+    envs = gymnasium.vector.SyncVectorEnv([lambda: environments.make(args.eval_env)] * args.eval_episodes)
+    obs, _ = envs.reset(seed=seed)
+    total, over = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, bool)
+    while not over.all():
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=args.device)
+        obs, reward, terminated, truncated, _ = envs.step(act(policy, obs, data.action_dim, args, generator).cpu().numpy())
+        total += reward * ~over  # a finished environment starts again; its later rewards do not count
+        over |= terminated | truncated
+    envs.close()
+    score = environments.normalized_score(total, args.env, args.eval_env)
+    return {"eval/score": score.mean(), "eval/score_std": score.std(), "eval/return": total.mean()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 7. Training
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """One gradient step."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def train(args: Args) -> dict:
+    """Critic, then policy; returns what result.json holds. Raises UserError for bad input, TrainingError when a loss is no longer finite."""
+    args = runs.fill_in(args, PAPER)
+    args.eval_env = environments.for_dataset(args.env, args.eval_env)
+    run = runs.Run(args, "gmpo")
+    torch.manual_seed(args.seed)
+    data = datasets.load(args.env, args.device, args.eval_env, args.allow_unverified)
+    sizes = data.obs_dim, data.action_dim
+    normalize = Normalize(data.obs, args.normalize_obs)
+    critic = Critic(normalize, *sizes).to(args.device)
+    policy = NETWORKS[args.network](normalize, *sizes).to(args.device)
+    v_optimizer = torch.optim.Adam(critic.v.parameters(), args.critic_lr, fused=True)
+    q_optimizer = torch.optim.Adam(critic.q.parameters(), args.critic_lr, fused=True)
+    policy_optimizer = torch.optim.Adam(policy.parameters(), args.policy_lr, fused=True)
+    parts = dict(critic=critic, policy=policy, v_optimizer=v_optimizer, q_optimizer=q_optimizer, policy_optimizer=policy_optimizer)
+    if args.critic:
+        critic.load_state_dict(runs.load_checkpoint(args.critic)["critic"])
+        args.critic_steps = 0
+    start = run.restore(parts)
+    total = args.critic_steps + args.policy_steps
+    weight = None
+    for step in run.steps(start, total):
+        index = torch.randint(len(data), (args.batch_size,), device=args.device)
+        batch = data[index]
+        if step <= args.critic_steps:
+            loss, metrics = v_loss(critic, batch, args)
+            descend(v_optimizer, loss)
+            loss, q_metrics = q_loss(critic, batch, args)
+            descend(q_optimizer, loss)
+            update_target(critic.target_q, critic.q, args.target_rate)
+            metrics |= q_metrics
+        else:
+            if weight is None:
+                adv = advantages(critic, data)
+                weight = weights(adv, args)[:, None]
+                print("adv std", adv.std(), "ess", weight.sum()**2/(len(weight)*weight.square().sum()))
+            progress = (step - args.critic_steps - 1) / args.policy_steps
+            for g in policy_optimizer.param_groups:
+                g["lr"] = args.policy_lr * (0.5 * (1 + math.cos(math.pi * progress)) if args.lr_decay else 1)
+            loss, metrics = policy_loss(policy, batch.obs, batch.action[:, None], weight[index], args)
+            descend(policy_optimizer, loss)
+            if step % args.eval_every == 0 or step == total:
+                metrics |= evaluate(policy, data, run, args, step)
+        if step % args.log_every == 0 or step == total:
+            run.log(step, metrics)
+        if step % args.save_every == 0 or step == total:
+            run.save(step, parts)
+    return run.finish(total)
+
+
+if __name__ == "__main__":
+    runs.main(train, Args)

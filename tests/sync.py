@@ -1,0 +1,58 @@
+"""One name, one body: what two algorithm files both define at top level is the same text in both, unless it is listed in OWN.
+
+    python tests/sync.py gmpo.py      copy gmpo.py's shared definitions into the other files
+"""
+
+import ast
+import difflib
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FILES = ["iql_critic.py", "gmpo.py", "gmpg.py", "idql.py"]
+
+# The names that are the lesson: each file has its own.
+OWN = {"Args", "PAPER", "act", "policy_loss", "evaluate_bandit", "load_policy", "build", "train"}
+
+
+def definitions(name: str) -> dict[str, tuple[int, int, str]]:
+    """Top-level name -> (first line, last line, text), comments directly above included, in the order of the file."""
+    text = (ROOT / name).read_text()
+    lines, found = text.splitlines(), {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        else:
+            names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+        while lines[first - 2].startswith("#") and not lines[first - 2].startswith(("# ---", "# ===")) and not lines[first - 2][2].isdigit():
+            first -= 1
+        last = node.end_lineno
+        found |= {n: (first, last, "\n".join(lines[first - 1 : last])) for n in names}
+    return found
+
+
+def files() -> list[str]:
+    return [name for name in FILES if (ROOT / name).exists()]
+
+
+def changed_lines(one: str, other: str) -> int:
+    """How many lines `diff one other` shows."""
+    diff = difflib.unified_diff((ROOT / one).read_text().splitlines(), (ROOT / other).read_text().splitlines(), lineterm="", n=0)
+    return sum(line[0] in "+-" and not line.startswith(("+++", "---")) for line in diff)
+
+
+def copy_from(source: str) -> None:
+    """Write the shared definitions of `source` into every other file, last one first so that line numbers stay true."""
+    shared = definitions(source)
+    for name in set(files()) - {source}:
+        lines = (ROOT / name).read_text().splitlines()
+        for key, (first, last, text) in sorted(definitions(name).items(), key=lambda item: -item[1][0]):
+            if key in shared and key not in OWN and shared[key][2] != text:
+                lines[first - 1 : last] = shared[key][2].splitlines()
+                print(f"{name}: {key}")
+        (ROOT / name).write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    copy_from(sys.argv[1])
