@@ -1,6 +1,6 @@
 """GMPO: a diffusion or flow policy fitted by advantage-weighted regression, in one file.
 
-    python gmpo.py                                                    hopper-demo, made on the spot, minutes on a laptop
+    python gmpo.py                                                    halfcheetah-demo, made on the spot, minutes on a laptop
     python gmpo.py --env bandit --path vp                             a problem with a known answer, seconds
     python gmpo.py --env halfcheetah-medium-expert-v2 --path gvp      D4RL's data, physics and score
     python gmpo.py --env my.hdf5 --eval-env hopper                    own data
@@ -29,10 +29,11 @@ B is the batch, O the size of an observation, A of an action, K the sampled acti
 `diff gmpo.py gmpg.py` shows a policy gradient in the place of section 5, `diff gmpo.py idql.py` the weights at acting time.
 """
 
-# ruff: noqa: E741
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -42,16 +43,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, bandit, datasets, environments, runs, samplers
+from common import bandit, datasets, environments, runs, samplers
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 # 1. Arguments
 
 
 @dataclass
 class Args:
-    env: str = "hopper-demo"
-    """the data: hopper-demo, bandit, a D4RL name such as halfcheetah-medium-expert-v2, or the path of an HDF5 file"""
+    env: str = "halfcheetah-demo"
+    """the data: halfcheetah-demo, bandit, a D4RL name such as halfcheetah-medium-expert-v2, or the path of an HDF5 file"""
     eval_env: str | None = None
     """where an own HDF5 file's policy is scored: a D4RL family such as hopper (normalised score), or a Gymnasium id (raw return)"""
     seed: int = 0
@@ -73,8 +74,8 @@ class Args:
     """a run of iql_critic.py (its folder) whose critic is taken as it is, instead of training one"""
     critic_steps: int | None = None
     """gradient steps of the critic; None: as PAPER says"""
-    critic_lr: float = 3e-4
-    """Adam's learning rate for Q and V"""
+    critic_lr: float | None = None
+    """Adam's learning rate for Q and V; None: as PAPER says"""
     critic_loss: Literal["expectile", "quantile", "exponential"] = "expectile"
     """f of Eq. (1)"""
     expectile: float | None = None
@@ -128,27 +129,50 @@ class Args:
     """gradient steps between checkpoints"""
 
 
-# Steps are the reference's epochs times its steps an epoch (batch 4096). Where a name is missing, "*" holds.
+# The reference code's settings, its epochs turned into steps at its batch of 4096; "*" holds where a name says nothing.
 PAPER = {
-    "*": dict(
-        critic_steps=1_000_000, behaviour_steps=1_000_000, policy_steps=2_000_000, batch_size=4096, policy_lr=1e-4, lr_decay=False,
-        beta=4.0, weight_max=100.0, expectile=0.7, normalize_obs=None, eval_every=50_000,
-    ),
+    "*": dict(critic_lr=3e-4, critic_steps=1_000_000, behaviour_steps=1_000_000, policy_steps=2_000_000, batch_size=4096, policy_lr=1e-4, lr_decay=False,
+              expectile=0.7, beta=4.0, weight_max=100.0, normalize_obs=False, eval_every=50_000),
+    "halfcheetah-medium-v2": dict(critic_steps=1_220_000, policy_steps=2_440_000, beta=8.0),
+    "halfcheetah-medium-expert-v2": dict(critic_steps=976_000, policy_steps=4_880_000, beta=1.0),
+    "halfcheetah-medium-replay-v2": dict(critic_steps=600_000, policy_steps=500_000, beta=4.0, weight_max=400.0),
+    "hopper-medium-v2": dict(critic_steps=1_220_000, policy_steps=2_440_000, beta=16.0, weight_max=1000.0),
+    "hopper-medium-expert-v2": dict(critic_steps=2_440_000, policy_steps=4_880_000, beta=1.0),
+    "hopper-medium-replay-v2": dict(critic_steps=495_000, policy_steps=990_000, beta=6.0),
+    "walker2d-medium-v2": dict(critic_steps=1_220_000, policy_steps=2_440_000, beta=8.0),
+    "walker2d-medium-expert-v2": dict(critic_steps=976_000, policy_steps=4_880_000, beta=1.0),
+    "walker2d-medium-replay-v2": dict(critic_steps=370_000, policy_steps=740_000, beta=8.0, weight_max=10_000.0),
+    "antmaze-umaze-v0": dict(critic_steps=2_440_000, policy_steps=2_440_000, expectile=0.9, beta=8.0),
+    "antmaze-umaze-diverse-v0": dict(critic_steps=2_440_000, policy_steps=4_880_000, expectile=0.9, beta=16.0),
+    "antmaze-medium-play-v0": dict(critic_steps=2_440_000, policy_steps=4_880_000, expectile=0.9, beta=12.0),
+    "antmaze-medium-diverse-v0": dict(critic_steps=2_440_000, policy_steps=4_880_000, expectile=0.9, beta=12.0),
+    "antmaze-large-play-v0": dict(critic_steps=2_440_000, policy_steps=4_880_000, expectile=0.9, beta=16.0),
+    "antmaze-large-diverse-v0": dict(critic_steps=2_440_000, policy_steps=4_880_000, expectile=0.9, beta=4.0),
+    # Not from the paper: budgets of minutes, chosen by trying.
+    "halfcheetah-demo": dict(critic_steps=15_000, behaviour_steps=10_000, policy_steps=10_000, batch_size=256, policy_lr=1e-3, lr_decay=True,
+                             beta=1.0, normalize_obs=True, eval_every=2_500),
+    "bandit": dict(critic_lr=1e-3, critic_steps=1_500, behaviour_steps=3_000, policy_steps=4_000, batch_size=256, policy_lr=1e-3, lr_decay=True, beta=2.0,
+                   eval_every=2_000),
+    "own file": dict(critic_steps=100_000, behaviour_steps=100_000, policy_steps=100_000, batch_size=256, policy_lr=3e-4, lr_decay=True,
+                     beta=3.0, normalize_obs=True, eval_every=10_000),
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 # 2. Networks
 
 
 class Normalize(nn.Module):
-    """obs (..., O) -> (obs - mean) / std. Buffers of every network, so that a saved or copied network takes raw observations."""
+    """(obs - mean) / std, buffers of every network, so that a saved or copied network takes raw observations: (..., O) -> (..., O)."""
 
-    def __init__(self, obs: torch.Tensor, normalize: bool):
+    def __init__(self, obs_dim: int):
         super().__init__()
-        mean, std = obs.mean(0), obs.std(0)
-        self.register_buffer("mean", mean if normalize else torch.zeros_like(mean))
-        self.register_buffer("std", std.clamp(min=1e-3) if normalize else torch.ones_like(std))
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("std", torch.ones(obs_dim))
+
+    def fit(self, obs: torch.Tensor) -> None:
+        self.mean.copy_(obs.mean(0))
+        self.std.copy_(obs.std(0).clamp(min=1e-3))
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         return (obs - self.mean) / self.std
@@ -194,7 +218,7 @@ class StateMLP(nn.Module):
 
     def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int, width: int = 256):
         super().__init__()
-        self.normalize = normalize
+        self.normalize, self.action_dim = normalize, action_dim
         self.register_buffer("frequencies", math.pi * torch.arange(1, 9))
         sizes = [action_dim + 16 + obs_dim, width, width, width]
         hidden = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.SiLU())]
@@ -224,7 +248,7 @@ class PaperNet(nn.Module):
 
     def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int):
         super().__init__()
-        self.normalize = normalize
+        self.normalize, self.action_dim = normalize, action_dim
         self.register_buffer("frequencies", 30 * 2 * math.pi * torch.randn(16))
         self.condition = nn.Linear(obs_dim, 32)
         self.embed = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 128))
@@ -248,7 +272,7 @@ class PaperNet(nn.Module):
 NETWORKS = {"mlp": StateMLP, "paper": PaperNet}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 # 3. The generative model: t = 0 is the action, t = 1 the noise
 
 
@@ -296,26 +320,33 @@ def velocity(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor
         return out
     t = t.clamp(min=1e-3)  # 1 / sigma_t is infinite at t = 0
     alpha, sigma = alpha_sigma(t, path)
-    return d_alpha_sigma(t, path)[0] / alpha * (x - out / sigma)  # alpha' a + sigma' eps with a = (x - sigma eps) / alpha
+    d_alpha, _ = d_alpha_sigma(t, path)
+    return d_alpha / alpha * (x - out / sigma)  # alpha' a + sigma' eps, with a = (x - sigma eps) / alpha
 
 
-def sample(net: nn.Module, obs: torch.Tensor, action_dim: int, args: Args, generator=None) -> torch.Tensor:
-    """Eq. (6): noise -> actions, (B, O) -> (B, A)."""
-    x = torch.randn(len(obs), action_dim, device=obs.device, generator=generator)
-    h = 1 / args.sampler_steps
-    if args.path=="vp":
-        for k in range(args.sampler_steps):
-            t=torch.tensor(1-k*h); s=torch.tensor(1-(k+1)*h)
-            al,si=alpha_sigma(t,"vp"); al2,si2=alpha_sigma(s,"vp")
-            e=net(x,t.expand(len(x)),obs)
-            x=al2*(x-si*e)/al+si2*e
-    else:
-        for k in range(args.sampler_steps):
-            x = x - h * velocity(net, x, torch.tensor(1 - k * h), obs, args.path)
-    return x.clamp(-1, 1)
+def noise_prediction(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor, path: str) -> torch.Tensor:
+    """The eps that the net sees in x: (B, A), (), (B, O) -> (B, A)."""
+    out = net(x, t.expand(len(x)), obs)
+    if path == "vp":
+        return out
+    (alpha, sigma), (d_alpha, d_sigma) = alpha_sigma(t, path), d_alpha_sigma(t, path)
+    return (alpha * out - d_alpha * x) / (
+        alpha * d_sigma - d_alpha * sigma
+    )  # solves x = alpha a + sigma eps, out = alpha' a + sigma' eps
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+def sample(net: nn.Module, obs: torch.Tensor, args: Args, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Eq. (6): noise to actions, (B, O) -> (B, A), not clipped."""
+    x = torch.randn(len(obs), net.action_dim, device=obs.device, generator=generator)
+    if args.solver in ("euler", "midpoint", "rk4"):
+        return samplers.ode(lambda x, t: velocity(net, x, t, obs, args.path), x, args.sampler_steps, args.solver)
+    eps, schedule = lambda x, t: noise_prediction(net, x, t, obs, args.path), partial(alpha_sigma, path=args.path)
+    if args.solver == "sde":
+        return samplers.sde(eps, schedule, x, args.sampler_steps, generator)
+    return {"ddim": samplers.ddim, "dpmpp": samplers.dpm_solver_pp}[args.solver](eps, schedule, x, args.sampler_steps)
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # 4. The critic
 
 
@@ -325,7 +356,7 @@ class Critic(nn.Module):
     def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int):
         super().__init__()
         self.q, self.v = TwinQ(normalize, obs_dim, action_dim), Value(normalize, obs_dim)
-        self.target_q = copy.deepcopy(self.q).requires_grad_(False)
+        self.target_q = copy.deepcopy(self.q, {id(normalize): normalize}).requires_grad_(False)  # one Normalize for all
 
 
 def f(u: torch.Tensor, args: Args) -> torch.Tensor:
@@ -370,7 +401,7 @@ def advantages(critic: Critic, data: datasets.Dataset) -> torch.Tensor:
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 # 5. The policy
 
 
@@ -379,57 +410,107 @@ def weights(advantage: torch.Tensor, args: Args) -> torch.Tensor:
     return torch.exp(args.beta * advantage).clamp(max=args.weight_max)
 
 
+def effective_share(weight: torch.Tensor) -> torch.Tensor:
+    """(sum w)^2 / (n sum w^2): the share of the samples that count, 1 if all weigh the same."""
+    return weight.sum().square() / (weight.numel() * weight.square().sum())
+
+
 @torch.no_grad()
-def candidates(critic: Critic, behaviour: nn.Module, obs: torch.Tensor, action_dim, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+def candidates(
+    critic: Critic, behaviour: nn.Module, obs: torch.Tensor, args: Args, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The K sampled actions of each state in Eq. (9) and their weights: (B, O) -> (B, K, A), (B, K)."""
     repeated = obs.repeat_interleave(args.candidates, 0)  # (B K, O), the K rows of a state side by side
-    action = sample(behaviour, repeated, action_dim, args)
-    q = critic.q(repeated, action).amin(0).view(len(obs), -1)  # (B, K)
+    action = sample(behaviour, repeated, args, generator).clamp(-1, 1)
+    q = critic.q(repeated, action).amin(0).view(-1, args.candidates)
     return action.view(len(obs), args.candidates, -1), torch.softmax(args.beta * q, -1)
 
 
-def policy_loss(policy: nn.Module, obs: torch.Tensor, action: torch.Tensor, weight: torch.Tensor, args: Args) -> tuple[torch.Tensor, dict]:
-    """Eq. (8) with K = 1 action a state, Eq. (9) with more: (B, O), (B, K, A), (B, K)."""
-    repeated = obs.repeat_interleave(action.shape[1], 0)
-    loss = matching_loss(policy, action.flatten(0, 1), repeated, args).view_as(weight)  # (B, K)
-    loss = (weight * loss).sum(-1).mean()
-    return loss, {"policy/loss": loss.detach(), "policy/weight": weight.mean(), "policy/ess": weight.sum() ** 2 / (weight.numel() * weight.square().sum())}
+@torch.no_grad()
+def weighted_actions(models: dict, data: datasets.Dataset, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+    """The actions and weights of all states, once for all since critic and behaviour are frozen by now: (N, K, A), (N, K)."""
+    if args.actions == "data":
+        return data.action[:, None], weights(advantages(models["critic"], data), args)[:, None]
+    generator = torch.Generator(args.device).manual_seed(
+        args.seed
+    )  # its own: a resumed run draws the same actions again
+    chunks = [candidates(models["critic"], models["behaviour"], obs, args, generator) for obs in data.obs.split(8192)]
+    return tuple(torch.cat(parts) for parts in zip(*chunks))
 
 
-def act(policy: nn.Module, obs: torch.Tensor, action_dim: int, args: Args, generator=None) -> torch.Tensor:
+def policy_loss(
+    policy: nn.Module, obs: torch.Tensor, action: torch.Tensor, weight: torch.Tensor, args: Args
+) -> tuple[torch.Tensor, dict]:
+    """Eq. (8) with the one action a state that the data has, Eq. (9) with K sampled ones: (B, O), (B, K, A), (B, K)."""
+    repeated = obs.repeat_interleave(action.shape[1], 0)  # (B K, O)
+    matching = matching_loss(policy, action.flatten(0, 1), repeated, args).view_as(weight)
+    loss = (weight * matching).sum(-1).mean()
+    clipped = (weight >= args.weight_max).float().mean()
+    metrics = {"policy/weight": weight.mean(), "policy/clipped": clipped, "policy/ess": effective_share(weight)}
+    return loss, {"policy/loss": loss.detach(), **metrics}
+
+
+def act(models: dict, obs: torch.Tensor, args: Args, generator: torch.Generator | None = None) -> torch.Tensor:
     """(B, O) -> (B, A) in [-1, 1]."""
-    return sample(policy, obs, action_dim, args, generator)
+    return sample(models["policy"], obs, args, generator).clamp(-1, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+def load_policy(path: str | Path, device: str = "cpu") -> Callable:
+    """The policy of a run (its folder or checkpoint.pt) as act(obs): numpy or torch, (B, O) or (O,), to actions of the same kind."""
+    checkpoint = runs.load_checkpoint(path)
+    args = Args(**checkpoint["args"])
+    models = build(*checkpoint["sizes"], args)
+    for name, model in models.items():
+        model.to(device).load_state_dict(checkpoint[name])
+    return runs.numpy_or_torch(lambda obs: act(models, obs, args), device)
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # 6. Evaluation
 
 
 @torch.no_grad()
-def evaluate(policy: nn.Module, data: datasets.Dataset, run: runs.Run, args: Args, step: int) -> dict:
+def evaluate(models: dict, data: datasets.Dataset, run: runs.Run, args: Args, step: int) -> dict:
     """Score of args.eval_episodes episodes in lock-step, one batched policy call a step, from a random stream of their own."""
     seed = int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0])
     generator = torch.Generator(args.device).manual_seed(seed)
     if args.env == "bandit":
-        action = act(policy, data.obs[:4096], data.action_dim, args, generator)
-        return bandit.report(action, torch.softmax(args.beta * bandit.REWARDS, -1), run, step)
+        return evaluate_bandit(models, data, run, args, step, generator)
     if args.eval_env is None:
         return {}
-    envs = gymnasium.vector.SyncVectorEnv([lambda: environments.make(args.eval_env)] * args.eval_episodes)
+    envs = gymnasium.vector.SyncVectorEnv([partial(environments.make, args.eval_env)] * args.eval_episodes)
     obs, _ = envs.reset(seed=seed)
     total, over = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, bool)
     while not over.all():
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=args.device)
-        obs, reward, terminated, truncated, _ = envs.step(act(policy, obs, data.action_dim, args, generator).cpu().numpy())
-        total += reward * ~over  # a finished environment starts again; its later rewards do not count
+        action = act(models, torch.as_tensor(obs, dtype=torch.float32, device=args.device), args, generator)
+        obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
+        total += reward * ~over  # a finished environment starts again; those rewards do not count
         over |= terminated | truncated
     envs.close()
-    score = environments.normalized_score(total, args.env, args.eval_env)
-    return {"eval/score": score.mean(), "eval/score_std": score.std(), "eval/return": total.mean()}
+    metrics = {"eval/return": total.mean(), "eval/return_std": total.std()}
+    score = environments.normalized_score(total, args.eval_env)
+    return metrics if score is None else metrics | {"eval/score": score.mean(), "eval/score_std": score.std()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+def evaluate_bandit(
+    models: dict, data: datasets.Dataset, run: runs.Run, args: Args, step: int, generator: torch.Generator
+) -> dict:
+    """Samples against the closed form mu exp(beta Q) / Z."""
+    action = act(models, data.obs[:4096], args, generator)
+    return bandit.report(action, torch.softmax(args.beta * bandit.REWARDS, -1), run, step)
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # 7. Training
+
+
+def build(obs_dim: int, action_dim: int, args: Args) -> dict[str, nn.Module]:
+    """The networks of a run, untrained."""
+    normalize, net = Normalize(obs_dim), NETWORKS[args.network]
+    models = {"critic": Critic(normalize, obs_dim, action_dim), "policy": net(normalize, obs_dim, action_dim)}
+    if args.actions != "data":
+        models["behaviour"] = net(normalize, obs_dim, action_dim)
+    return models
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
@@ -439,54 +520,69 @@ def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
     optimizer.step()
 
 
+def critic_step(critic: Critic, optimizers: dict, batch: datasets.Batch, args: Args) -> dict:
+    """Eqs. (1), (2), (3), in this order."""
+    loss, v_metrics = v_loss(critic, batch, args)
+    descend(optimizers["v_optimizer"], loss)
+    loss, q_metrics = q_loss(critic, batch, args)
+    descend(optimizers["q_optimizer"], loss)
+    update_target(critic.target_q, critic.q, args.target_rate)
+    return v_metrics | q_metrics
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, progress: float, decay: bool) -> None:
+    """`lr`, or with `decay` its cosine from 1 to 0 as `progress` goes from 0 to 1."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * (0.5 * (1 + math.cos(math.pi * progress)) if decay else 1)
+
+
 def train(args: Args) -> dict:
-    """Critic, then policy; returns what result.json holds. Raises UserError for bad input, TrainingError when a loss is no longer finite."""
+    """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError when a loss is no longer finite."""
     args = runs.fill_in(args, PAPER)
-    args.eval_env = environments.for_dataset(args.env, args.eval_env)
     run = runs.Run(args, "gmpo")
     torch.manual_seed(args.seed)
     data = datasets.load(args.env, args.device, args.eval_env, args.allow_unverified)
-    sizes = data.obs_dim, data.action_dim
-    normalize = Normalize(data.obs, args.normalize_obs)
-    critic = Critic(normalize, *sizes).to(args.device)
-    policy = NETWORKS[args.network](normalize, *sizes).to(args.device)
-    v_optimizer = torch.optim.Adam(critic.v.parameters(), args.critic_lr, fused=True)
-    q_optimizer = torch.optim.Adam(critic.q.parameters(), args.critic_lr, fused=True)
-    policy_optimizer = torch.optim.Adam(policy.parameters(), args.policy_lr, fused=True)
-    parts = dict(critic=critic, policy=policy, v_optimizer=v_optimizer, q_optimizer=q_optimizer, policy_optimizer=policy_optimizer)
-    if args.critic:
-        critic.load_state_dict(runs.load_checkpoint(args.critic)["critic"])
-        args.critic_steps = 0
-    start = run.restore(parts)
-    total = args.critic_steps + args.policy_steps
-    weight = None
+    models = build(data.obs_dim, data.action_dim, args)
+    runs.prepare(models, data, args)
+    critic, policy, behaviour = models["critic"], models["policy"], models.get("behaviour")
+    optimizers = {
+        "v_optimizer": torch.optim.Adam(critic.v.parameters(), args.critic_lr, fused=True),
+        "q_optimizer": torch.optim.Adam(critic.q.parameters(), args.critic_lr, fused=True),
+        "policy_optimizer": torch.optim.Adam(policy.parameters(), args.policy_lr, fused=True),
+    }
+    if behaviour:
+        optimizers["behaviour_optimizer"] = torch.optim.Adam(behaviour.parameters(), args.policy_lr, fused=True)
+    start = run.restore(models | optimizers)
+    if args.eval_only:
+        return run.show(evaluate(models, data, run, args, start))
+
+    behaviour_start = args.critic_steps  # the phases: critic, behaviour if there is one, policy
+    policy_start = behaviour_start + (args.behaviour_steps if behaviour else 0)
+    total, table = policy_start + args.policy_steps, None
     for step in run.steps(start, total):
         index = torch.randint(len(data), (args.batch_size,), device=args.device)
         batch = data[index]
-        if step <= args.critic_steps:
-            loss, metrics = v_loss(critic, batch, args)
-            descend(v_optimizer, loss)
-            loss, q_metrics = q_loss(critic, batch, args)
-            descend(q_optimizer, loss)
-            update_target(critic.target_q, critic.q, args.target_rate)
-            metrics |= q_metrics
+        if step <= behaviour_start:
+            metrics = critic_step(critic, optimizers, batch, args)
+        elif step <= policy_start:
+            loss = matching_loss(behaviour, batch.action, batch.obs, args).mean()
+            descend(optimizers["behaviour_optimizer"], loss)
+            metrics = {"behaviour/loss": loss.detach()}
         else:
-            if weight is None:
-                adv = advantages(critic, data)
-                weight = weights(adv, args)[:, None]
-                print("adv std", adv.std(), "ess", weight.sum()**2/(len(weight)*weight.square().sum()))
-            progress = (step - args.critic_steps - 1) / args.policy_steps
-            for g in policy_optimizer.param_groups:
-                g["lr"] = args.policy_lr * (0.5 * (1 + math.cos(math.pi * progress)) if args.lr_decay else 1)
-            loss, metrics = policy_loss(policy, batch.obs, batch.action[:, None], weight[index], args)
-            descend(policy_optimizer, loss)
+            if args.actions == "resampled":
+                action, weight = candidates(critic, behaviour, batch.obs, args)
+            else:
+                table = table or weighted_actions(models, data, args)
+                action, weight = table[0][index], table[1][index]
+            set_lr(
+                optimizers["policy_optimizer"], args.policy_lr, (step - policy_start) / args.policy_steps, args.lr_decay
+            )
+            loss, metrics = policy_loss(policy, batch.obs, action, weight, args)
+            descend(optimizers["policy_optimizer"], loss)
             if step % args.eval_every == 0 or step == total:
-                metrics |= evaluate(policy, data, run, args, step)
-        if step % args.log_every == 0 or step == total:
-            run.log(step, metrics)
-        if step % args.save_every == 0 or step == total:
-            run.save(step, parts)
-    return run.finish(total)
+                metrics |= evaluate(models, data, run, args, step)
+        run.record(step, metrics, models | optimizers, sizes=(data.obs_dim, data.action_dim))
+    return run.finish()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """IQL: a critic learnt from the data's own actions, and a Gaussian actor fitted by its advantages, in one file.
 
-    python iql_critic.py                                              hopper-demo, made on the spot, minutes on a laptop
+    python iql_critic.py                                              halfcheetah-demo, made on the spot, minutes on a laptop
     python iql_critic.py --env bandit                                 a problem with a known answer, seconds
     python iql_critic.py --env halfcheetah-medium-expert-v2           D4RL's data, physics and score
     python iql_critic.py --critic-loss exponential                    another f in Eq. (1)
-    python gmpo.py --critic runs/hopper-demo/iql_critic/seed0         the other files take this critic
+    python gmpo.py --critic runs/halfcheetah-demo/iql_critic/seed0         the other files take this critic
 
 Papers: Kostrikov et al., "Offline Reinforcement Learning with Implicit Q-Learning", arXiv:2110.06169 (IQL: this file is it, by default);
 Hansen-Estruch et al., "IDQL: Implicit Q-Learning as an Actor-Critic Method with Diffusion Policies", arXiv:2304.10573 (any convex f).
@@ -29,6 +29,7 @@ B is the batch, O the size of an observation, A of an action. Equations have the
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,14 +42,14 @@ import torch.nn as nn
 
 from common import bandit, datasets, environments, runs
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 # 1. Arguments
 
 
 @dataclass
 class Args:
-    env: str = "hopper-demo"
-    """the data: hopper-demo, bandit, a D4RL name such as halfcheetah-medium-expert-v2, or the path of an HDF5 file"""
+    env: str = "halfcheetah-demo"
+    """the data: halfcheetah-demo, bandit, a D4RL name such as halfcheetah-medium-expert-v2, or the path of an HDF5 file"""
     eval_env: str | None = None
     """where an own HDF5 file's policy is scored: a D4RL family such as hopper (normalised score), or a Gymnasium id (raw return)"""
     seed: int = 0
@@ -70,8 +71,8 @@ class Args:
     """another run (its folder) whose critic is taken as it is, instead of training one"""
     critic_steps: int | None = None
     """gradient steps of the critic; None: as PAPER says"""
-    critic_lr: float = 3e-4
-    """Adam's learning rate for Q and V"""
+    critic_lr: float | None = None
+    """Adam's learning rate for Q and V; None: as PAPER says"""
     critic_loss: Literal["expectile", "quantile", "exponential"] = "expectile"
     """f of Eq. (1)"""
     expectile: float | None = None
@@ -110,33 +111,76 @@ class Args:
     """gradient steps between checkpoints"""
 
 
-# IQL's own settings (its table 1 and its launchers). "*" holds where a name says nothing.
+# IQL's own settings; "*" holds where a name says nothing.
+ANTMAZE, DEXTEROUS = dict(expectile=0.9, beta=10.0), dict(beta=0.5, dropout=0.1)
 PAPER = {
-    "*": dict(
-        critic_steps=1_000_000, policy_steps=1_000_000, expectile=0.7, beta=3.0, policy_lr=3e-4, lr_decay=True, dropout=0.0,
-        normalize_obs=False, eval_every=50_000,
-    ),
+    "*": dict(critic_lr=3e-4, critic_steps=1_000_000, policy_steps=1_000_000, policy_lr=3e-4, lr_decay=True, expectile=0.7, beta=3.0, dropout=0.0,
+              normalize_obs=False, eval_every=50_000),
+    **{f"antmaze-{maze}-v{k}": ANTMAZE for k in (0, 2) for maze in
+       ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")},
+    **{f"kitchen-{kind}-v0": DEXTEROUS for kind in ("complete", "partial", "mixed")},
+    **{f"{task}-{kind}-v{k}": DEXTEROUS for k in (0, 1) for task in ("pen", "hammer", "door", "relocate")
+       for kind in ("human", "cloned", "expert")},
+    # Not from the paper: budgets of minutes, chosen by trying.
+    "halfcheetah-demo": dict(critic_steps=15_000, policy_steps=15_000, beta=1.0, normalize_obs=True, eval_every=5_000),
+    "bandit": dict(critic_lr=1e-3, critic_steps=1_500, policy_steps=1_500, policy_lr=1e-3, beta=2.0, eval_every=500),
+    "own file": dict(critic_steps=100_000, policy_steps=100_000, normalize_obs=True, eval_every=10_000),
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 # 2. Networks
 
 
 class Normalize(nn.Module):
-    pass
+    """(obs - mean) / std, buffers of every network, so that a saved or copied network takes raw observations: (..., O) -> (..., O)."""
+
+    def __init__(self, obs_dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("std", torch.ones(obs_dim))
+
+    def fit(self, obs: torch.Tensor) -> None:
+        self.mean.copy_(obs.mean(0))
+        self.std.copy_(obs.std(0).clamp(min=1e-3))
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return (obs - self.mean) / self.std
 
 
-def mlp():
-    pass
+def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
+    """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation (gain sqrt 2 on every layer, the last included)."""
+    layers = []
+    for size_in, size_out in zip(sizes, sizes[1:]):
+        linear = nn.Linear(size_in, size_out)
+        nn.init.orthogonal_(linear.weight, math.sqrt(2))
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.ReLU(), *([nn.Dropout(dropout)] if dropout else [])]
+    return nn.Sequential(*layers[: -2 if dropout else -1])
 
 
 class TwinQ(nn.Module):
-    pass
+    """Two independent critics Q_1, Q_2: (B, O), (B, A) -> (2, B)."""
+
+    def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.normalize = normalize
+        self.nets = nn.ModuleList(mlp(obs_dim + action_dim, 256, 256, 1) for _ in range(2))
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.normalize(obs), action], -1)
+        return torch.stack([net(x).squeeze(-1) for net in self.nets])
 
 
 class Value(nn.Module):
-    pass
+    """V: (B, O) -> (B,)."""
+
+    def __init__(self, normalize: Normalize, obs_dim: int):
+        super().__init__()
+        self.normalize, self.net = normalize, mlp(obs_dim, 256, 256, 1)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.net(self.normalize(obs)).squeeze(-1)
 
 
 class GaussianActor(nn.Module):
@@ -148,32 +192,65 @@ class GaussianActor(nn.Module):
         self.log_std = nn.Parameter(torch.zeros(action_dim))
 
     def forward(self, obs: torch.Tensor) -> torch.distributions.Normal:
-        mean = torch.tanh(self.net(self.normalize(obs)))  # not a squashed Gaussian: tanh is inside the mean, samples may leave [-1, 1]
+        mean = torch.tanh(
+            self.net(self.normalize(obs))
+        )  # not a squashed Gaussian: tanh is inside the mean, samples may leave [-1, 1]
         return torch.distributions.Normal(mean, self.log_std.clamp(-5, 2).exp())
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 # 4. The critic
 
 
 class Critic(nn.Module):
-    pass
+    """Q, its slow copy Q', and V."""
+
+    def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.q, self.v = TwinQ(normalize, obs_dim, action_dim), Value(normalize, obs_dim)
+        self.target_q = copy.deepcopy(self.q, {id(normalize): normalize}).requires_grad_(False)  # one Normalize for all
 
 
-def f():
-    pass
+def f(u: torch.Tensor, args: Args) -> torch.Tensor:
+    """The asymmetric loss of Eq. (1), elementwise, at u = Q - V."""
+    if args.critic_loss == "exponential":  # exp(alpha u) - alpha u, its exponential continued linearly above linex_max
+        x = args.linex_alpha * u
+        knee = math.log(args.linex_max)
+        return torch.exp(x.clamp(max=knee)) + args.linex_max * (x - knee).clamp(min=0) - x
+    share = torch.where(u > 0, args.expectile, 1 - args.expectile)
+    return share * u.square() if args.critic_loss == "expectile" else share * u.abs()
 
 
-def v_loss():
-    pass
+def v_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
+    """Eq. (1)."""
+    with torch.no_grad():
+        q = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
+    v = critic.v(batch.obs)
+    loss = f(q - v, args).mean()
+    return loss, {"critic/v_loss": loss.detach(), "critic/v": v.detach().mean()}
 
 
-def q_loss():
-    pass
+def q_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
+    """Eq. (2), with V as Eq. (1) has just left it."""
+    with torch.no_grad():
+        target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
+    q = critic.q(batch.obs, batch.action)  # (2, B)
+    loss = (q - target).square().mean(-1).sum()
+    return loss, {"critic/q_loss": loss.detach(), "critic/q": q.detach().mean()}
 
 
-def update_target():
-    pass
+def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> None:
+    """Eq. (3), in place: target_rate is the share of the NEW weights."""
+    with torch.no_grad():
+        for old, new in zip(target.parameters(), online.parameters()):
+            old.lerp_(new, target_rate)
+
+
+@torch.no_grad()
+def advantages(critic: Critic, data: datasets.Dataset) -> torch.Tensor:
+    """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
+    chunks = zip(data.obs.split(65_536), data.action.split(65_536))
+    return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
 
 def implicit_weights(u: torch.Tensor, args: Args, floor: float = 1e-3) -> torch.Tensor:
@@ -189,12 +266,18 @@ def implicit_weights(u: torch.Tensor, args: Args, floor: float = 1e-3) -> torch.
     return torch.where(small, 1.0, (torch.exp(x.clamp(max=math.log(args.linex_max))) - 1) / x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 # 5. The policy
 
 
-def weights():
-    pass
+def weights(advantage: torch.Tensor, args: Args) -> torch.Tensor:
+    """Eq. (7), elementwise."""
+    return torch.exp(args.beta * advantage).clamp(max=args.weight_max)
+
+
+def effective_share(weight: torch.Tensor) -> torch.Tensor:
+    """(sum w)^2 / (n sum w^2): the share of the samples that count, 1 if all weigh the same."""
+    return weight.sum().square() / (weight.numel() * weight.square().sum())
 
 
 def policy_loss(actor: GaussianActor, critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
@@ -202,5 +285,136 @@ def policy_loss(actor: GaussianActor, critic: Critic, batch: datasets.Batch, arg
     with torch.no_grad():
         advantage = critic.target_q(batch.obs, batch.action).amin(0) - critic.v(batch.obs)
         weight = weights(advantage, args)  # (B,)
-    loss = -(weight * actor(batch.obs).log_prob(batch.action).sum(-1)).mean()
-    return loss, {"policy/loss": loss.detach(), **weight_metrics(weight, args)}
+    loss = -(weight * actor.train()(batch.obs).log_prob(batch.action).sum(-1)).mean()
+    clipped = (weight >= args.weight_max).float().mean()
+    metrics = {"policy/weight": weight.mean(), "policy/clipped": clipped, "policy/ess": effective_share(weight)}
+    return loss, {"policy/loss": loss.detach(), **metrics}
+
+
+def act(models: dict, obs: torch.Tensor, args: Args, generator: torch.Generator | None = None) -> torch.Tensor:
+    """The mean action, as IQL is evaluated: (B, O) -> (B, A) in [-1, 1]."""
+    return models["policy"].eval()(obs).mean
+
+
+def load_policy(path: str | Path, device: str = "cpu") -> Callable:
+    """The policy of a run (its folder or checkpoint.pt) as act(obs): numpy or torch, (B, O) or (O,), to actions of the same kind."""
+    checkpoint = runs.load_checkpoint(path)
+    args = Args(**checkpoint["args"])
+    models = build(*checkpoint["sizes"], args)
+    for name, model in models.items():
+        model.to(device).load_state_dict(checkpoint[name])
+    return runs.numpy_or_torch(lambda obs: act(models, obs, args), device)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 6. Evaluation
+
+
+@torch.no_grad()
+def evaluate(models: dict, data: datasets.Dataset, run: runs.Run, args: Args, step: int) -> dict:
+    """Score of args.eval_episodes episodes in lock-step, one batched policy call a step, from a random stream of their own."""
+    seed = int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0])
+    generator = torch.Generator(args.device).manual_seed(seed)
+    if args.env == "bandit":
+        return evaluate_bandit(models, data, run, args, step, generator)
+    if args.eval_env is None:
+        return {}
+    envs = gymnasium.vector.SyncVectorEnv([partial(environments.make, args.eval_env)] * args.eval_episodes)
+    obs, _ = envs.reset(seed=seed)
+    total, over = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, bool)
+    while not over.all():
+        action = act(models, torch.as_tensor(obs, dtype=torch.float32, device=args.device), args, generator)
+        obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
+        total += reward * ~over  # a finished environment starts again; those rewards do not count
+        over |= terminated | truncated
+    envs.close()
+    metrics = {"eval/return": total.mean(), "eval/return_std": total.std()}
+    score = environments.normalized_score(total, args.eval_env)
+    return metrics if score is None else metrics | {"eval/score": score.mean(), "eval/score_std": score.std()}
+
+
+def evaluate_bandit(
+    models: dict, data: datasets.Dataset, run: runs.Run, args: Args, step: int, generator: torch.Generator
+) -> dict:
+    """The data's actions, drawn again by the weights of Eq. (11), against their closed form; beside them the Gaussian, which fails."""
+    values = torch.linspace(0, 1, 100_001)
+    optimal_v = values[
+        f(bandit.REWARDS[:, None] - values, args).mean(0).argmin()
+    ]  # Eq. (1) at its minimum, modes equally frequent
+    target = implicit_weights(bandit.REWARDS - optimal_v, args)
+    weight = implicit_weights(advantages(models["critic"], data), args)
+    implicit = data.action[torch.multinomial(weight, 4096, replacement=True, generator=generator)]
+    normal = models["policy"].eval()(data.obs[:4096])
+    gaussian = normal.mean + normal.stddev * torch.randn(normal.mean.shape, generator=generator, device=implicit.device)
+    return bandit.report(implicit, target / target.sum(), run, step, **{"IQL's Gaussian": gaussian})
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 7. Training
+
+
+def build(obs_dim: int, action_dim: int, args: Args) -> dict[str, nn.Module]:
+    """The networks of a run, untrained."""
+    normalize = Normalize(obs_dim)
+    actor = GaussianActor(normalize, obs_dim, action_dim, args.dropout)
+    return {"critic": Critic(normalize, obs_dim, action_dim), "policy": actor}
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """One gradient step."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def critic_step(critic: Critic, optimizers: dict, batch: datasets.Batch, args: Args) -> dict:
+    """Eqs. (1), (2), (3), in this order."""
+    loss, v_metrics = v_loss(critic, batch, args)
+    descend(optimizers["v_optimizer"], loss)
+    loss, q_metrics = q_loss(critic, batch, args)
+    descend(optimizers["q_optimizer"], loss)
+    update_target(critic.target_q, critic.q, args.target_rate)
+    return v_metrics | q_metrics
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, progress: float, decay: bool) -> None:
+    """`lr`, or with `decay` its cosine from 1 to 0 as `progress` goes from 0 to 1."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * (0.5 * (1 + math.cos(math.pi * progress)) if decay else 1)
+
+
+def train(args: Args) -> dict:
+    """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError when a loss is no longer finite."""
+    args = runs.fill_in(args, PAPER)
+    run = runs.Run(args, "iql_critic")
+    torch.manual_seed(args.seed)
+    data = datasets.load(args.env, args.device, args.eval_env, args.allow_unverified)
+    models = build(data.obs_dim, data.action_dim, args)
+    runs.prepare(models, data, args)
+    critic, actor = models["critic"], models["policy"]
+    optimizers = {
+        "v_optimizer": torch.optim.Adam(critic.v.parameters(), args.critic_lr, fused=True),
+        "q_optimizer": torch.optim.Adam(critic.q.parameters(), args.critic_lr, fused=True),
+        "policy_optimizer": torch.optim.Adam(actor.parameters(), args.policy_lr, fused=True),
+    }
+    start = run.restore(models | optimizers)
+    if args.eval_only:
+        return run.show(evaluate(models, data, run, args, start))
+
+    total = max(args.critic_steps, args.policy_steps)
+    for step in run.steps(start, total):
+        batch = data[torch.randint(len(data), (args.batch_size,), device=args.device)]
+        metrics = critic_step(critic, optimizers, batch, args) if step <= args.critic_steps else {}
+        if step <= args.policy_steps:
+            set_lr(optimizers["policy_optimizer"], args.policy_lr, step / args.policy_steps, args.lr_decay)
+            loss, policy_metrics = policy_loss(actor, critic, batch, args)
+            descend(optimizers["policy_optimizer"], loss)
+            metrics |= policy_metrics
+        if step % args.eval_every == 0 or step == total:
+            metrics |= evaluate(models, data, run, args, step)
+        run.record(step, metrics, models | optimizers, sizes=(data.obs_dim, data.action_dim))
+    return run.finish()
+
+
+if __name__ == "__main__":
+    runs.main(train, Args)

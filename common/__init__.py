@@ -2,8 +2,8 @@
 
 
 class UserError(Exception):
-    """A mistake in the input, told in one sentence: what is wrong, where, what to do. The command line exits with code 2."""
+    """A mistake in the input, told in one sentence: what is wrong, where, what to do. A command exits with code 2."""
 
 
 class TrainingError(Exception):
-    """Training cannot go on (a loss is NaN, say), told in one sentence. The command line exits with code 1."""
+    """Training cannot go on (a loss is NaN, say), told in one sentence. A command exits with code 1."""

@@ -1,8 +1,9 @@
 """A bandit whose best policy is known in closed form: the yardstick of correctness, and a first contact of seconds.
 
-One state; a two-dimensional action; eight narrow Gaussian modes on a circle, equally frequent in the data, each with its own reward.
-The two best modes lie opposite each other, so that the mean of the good actions is a bad action: a Gaussian policy must fail here.
-Every policy that re-weights the behaviour by the action's value, pi(a) = mu(a) w(Q(a)) / Z, keeps the modes and changes how frequent they are.
+One state; a two-dimensional action; eight narrow Gaussian modes on a circle, equally frequent in the data, each with
+its own reward. The two best modes lie opposite each other, so that the mean of the good actions is a bad action: a
+Gaussian policy must fail here. Every policy that re-weights the behaviour by the action's value, pi(a) = mu(a) w(Q(a)) /
+Z, keeps the modes and changes how frequent they are.
 """
 
 import math
@@ -14,14 +15,14 @@ from matplotlib.figure import Figure
 from common.datasets import Dataset
 from common.runs import Run
 
-REWARDS = torch.tensor([1.0, 0.2, 0.6, 0.0, 0.9, 0.3, 0.5, 0.1])  # (8,) of the modes, counter-clockwise from the right
+REWARDS = torch.tensor([1.0, 0.2, 0.7, 0.0, 0.9, 0.3, 0.5, 0.1])  # (8,) of the modes, counter-clockwise from the right
 ANGLES = torch.arange(8) * (2 * math.pi / 8)
 MODES = 0.8 * torch.stack([ANGLES.cos(), ANGLES.sin()], -1)  # (8, 2)
 STD = 0.04  # of each mode, in both directions
 
 
 def load(device: str = "cpu", size: int = 20_000) -> Dataset:
-    """`size` transitions of one step each: obs 0 (O = 1), an action (A = 2) around a random mode, that mode's reward. Always the same ones."""
+    """`size` transitions of one step: obs 0 (O = 1), an action (A = 2) near a random mode, its reward. Always the same."""
     generator = torch.Generator().manual_seed(0)
     mode = torch.randint(8, (size,), generator=generator)
     action = MODES[mode] + STD * torch.randn(size, 2, generator=generator)
@@ -36,9 +37,10 @@ def frequencies(action: torch.Tensor) -> torch.Tensor:
 
 
 def report(action: torch.Tensor, target: torch.Tensor, run: Run, step: int, **others: torch.Tensor) -> dict:
-    """Compare actions (B, 2) with the closed-form mode frequencies `target` (8,): metrics, and a picture in the run's folder and TensorBoard.
+    """Compare actions (B, 2) with the closed-form mode frequencies `target` (8,): metrics, and a picture.
 
-    `others` are further sets of actions to draw beside them, by name. The score is 100 (1 - total variation).
+    The picture goes into the run's folder and TensorBoard; `others` are further sets of actions to draw, by name. The
+    score is 100 (1 - total variation).
     """
     distance = 0.5 * (frequencies(action) - target).abs().sum().item()
     figure = picture({"data": load().action[:4096], "policy": action, **others}, target)
@@ -54,7 +56,7 @@ def report(action: torch.Tensor, target: torch.Tensor, run: Run, step: int, **ot
 
 
 def picture(panels: dict[str, torch.Tensor], target: torch.Tensor) -> Figure:
-    """One scatter a set of actions (B, 2), then the mode frequencies of all of them beside the closed form `target` (8,)."""
+    """One scatter a set of actions (B, 2), then the mode frequencies of all beside the closed form `target` (8,)."""
     figure = Figure(figsize=(3 * (len(panels) + 1), 3), layout="constrained")
     axes = figure.subplots(1, len(panels) + 1)
     width = 0.8 / (len(panels) + 1)
@@ -63,6 +65,11 @@ def picture(panels: dict[str, torch.Tensor], target: torch.Tensor) -> Figure:
         axes[k].set(title=name, xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal")
         axes[-1].bar(np.arange(8) + k * width, frequencies(action), width, label=name)
     axes[-1].bar(np.arange(8) + len(panels) * width, target, width, label="closed form", color="black")
-    axes[-1].set(title="share of each mode", xticks=np.arange(8) + 0.4, xticklabels=[f"{r:.1f}" for r in REWARDS], xlabel="its reward")
+    axes[-1].set(
+        title="share of each mode",
+        xticks=np.arange(8) + 0.4,
+        xticklabels=[f"{r:.1f}" for r in REWARDS],
+        xlabel="its reward",
+    )
     axes[-1].legend(fontsize=6)
     return figure

@@ -79,7 +79,7 @@ class Dataset:
 
 
 def load(name_or_path: str, device="cpu", eval_env: str | None = None, allow_unverified: bool = False) -> Dataset:
-    """The transitions of a D4RL task (`halfcheetah-medium-expert-v2`) or of an own HDF5 file with the keys of RANKS.
+    """The transitions of bandit, halfcheetah-demo, a D4RL task, or an own HDF5 file with the keys of RANKS.
 
     The reward rule (see `transitions`) follows the task's name; for an own file it follows `eval_env` if that begins
     with a D4RL family such as antmaze or pen, else it is locomotion's: beta is a temperature on scaled rewards. Actions
@@ -87,6 +87,10 @@ def load(name_or_path: str, device="cpu", eval_env: str | None = None, allow_unv
     (D4RL's files are only clipped, as in the reference code). Raises UserError for an unknown name, a failed download,
     a wrong checksum (`allow_unverified` takes a file already in place all the same), a damaged file, unusable data.
     """
+    if name_or_path in ("bandit", "halfcheetah-demo"):  # made here; both modules build on this one
+        from common import bandit, demo
+
+        return {"bandit": bandit, "halfcheetah-demo": demo}[name_or_path].load(device)
     tasks = _tasks()
     if name_or_path in tasks:
         path = _task_file(name_or_path, tasks[name_or_path], allow_unverified)

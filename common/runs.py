@@ -6,7 +6,8 @@
         checkpoint.pt    networks, optimizers, step and random states: all that `--resume` needs
         result.json      the last score, the best one, and how long it took
 
-Nothing of the user's is ever overwritten: a folder that holds a run is only entered with `--resume`, and only with the same configuration.
+Nothing of the user's is ever overwritten: a folder that holds a run is only entered with `--resume`, and only with the
+same configuration.
 """
 
 import dataclasses
@@ -27,14 +28,25 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import TrainingError, UserError
+from common import TrainingError, UserError, datasets, environments
+from common.datasets import Dataset
 
 # What `--resume` may change: none of these alters the weights that a given step arrives at.
-FREE = {"resume", "eval_only", "device", "eval_every", "eval_episodes", "save_every", "log_every", "policy_steps"}
+FREE = {
+    "run_dir",
+    "resume",
+    "eval_only",
+    "device",
+    "eval_every",
+    "eval_episodes",
+    "save_every",
+    "log_every",
+    "policy_steps",
+}
 
 
 def main(train: Callable, args_type: type) -> None:
-    """Read the command line into `args_type` and train; a mistake is one sentence and exit code 2, a failed training exit code 1."""
+    """Read the command line into `args_type` and train. A mistake is one sentence and exit code 2, a failure code 1."""
     try:
         train(tyro.cli(args_type))
     except UserError as mistake:
@@ -51,12 +63,16 @@ def main(train: Callable, args_type: type) -> None:
 def fill_in(args, paper: dict):
     """A copy of `args` in which a field that is None holds the value of `paper[args.env]`, else of `paper["*"]`.
 
-    Raises UserError for a number that makes no sense, and for a device that is not there.
+    Raises UserError for a number that makes no sense, for a device or an environment that is not there.
     """
-    values = paper["*"] | paper.get(args.env, {})
+    own_file = args.env.endswith((".hdf5", ".h5")) or Path(args.env).is_file()
+    values = paper["*"] | paper.get("own file" if own_file else args.env, {})
     args = dataclasses.replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.critic:
+        args.critic_steps = 0
+    args.eval_env = environments.evaluation_env(args.env, args.eval_env)
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError):
@@ -65,39 +81,70 @@ def fill_in(args, paper: dict):
         flag, number = "--" + name.replace("_", "-"), isinstance(value, int | float) and not isinstance(value, bool)
         if number and (value < 0 or not math.isfinite(value)):
             raise UserError(f"{flag} {value}: must be a finite number that is not negative")
-        if value == 0 and name in ("batch_size", "eval_every", "eval_episodes", "save_every", "log_every", "sampler_steps"):
+        if value == 0 and name in (
+            "batch_size",
+            "eval_every",
+            "eval_episodes",
+            "save_every",
+            "log_every",
+            "sampler_steps",
+        ):
             raise UserError(f"{flag} 0: must be at least 1")
     return args
 
 
+def prepare(models: dict[str, torch.nn.Module], data: Dataset, args) -> None:
+    """Put untrained networks on the device, normalised by `data`, or the critic as the run `args.critic` left it.
+
+    Raises UserError if the data, the evaluation environment and that critic do not belong together.
+    """
+    if args.eval_env:
+        datasets.check_sizes(data, environments.make(args.eval_env))
+    for model in models.values():
+        model.to(args.device)
+    if args.normalize_obs:
+        models["critic"].v.normalize.fit(data.obs)  # one module, shared by all networks
+    if args.critic:
+        checkpoint = load_checkpoint(args.critic)
+        if checkpoint["args"]["env"] != args.env:
+            raise UserError(
+                f"the critic in {args.critic} is of {checkpoint['args']['env']}, not of {args.env}; choose that data"
+            )
+        models["critic"].load_state_dict(checkpoint["critic"])
+
+
 class Run:
-    """One training run: where its files are, what it has logged, how far it is."""
+    """One training run: its folder, what it has logged, how far it is."""
 
     def __init__(self, args, algorithm: str):
-        """Enters or makes the run's folder; raises UserError if it holds another run."""
-        name = Path(args.env).stem if "/" in args.env or args.env.endswith(".hdf5") else args.env
+        """Only looks; the folder is made by `steps`. Raises UserError if it holds another run."""
+        name = Path(args.env).stem if args.env.endswith((".hdf5", ".h5")) else args.env
         self.folder = Path(args.run_dir or f"runs/{name}/{algorithm}/seed{args.seed}")
-        self.args = args
-        self.restored = args.resume or args.eval_only
-        config = json.loads(json.dumps(dataclasses.asdict(args), default=str))
-        old = self._read("config.json")
-        if old is None and args.eval_only:
-            raise UserError(f"{self.folder} holds no run to evaluate; name its folder with --run-dir")
-        if old is not None and not self.restored:
-            raise UserError(f"{self.folder} holds a run already; add --resume to go on with it, or choose another --run-dir")
-        changed = [k for k in (old or {"args": {}})["args"] if k not in FREE | {"run_dir"} and old["args"][k] != config.get(k)]
-        if changed and not args.eval_only:
-            raise UserError(f"{self.folder} holds a run with another --{changed[0].replace('_', '-')}; choose another --run-dir")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not args.eval_only:
-            self._write("config.json", {"algorithm": algorithm, "args": config} | _origin())
-        self.start_time, self.seconds_before, self.best, self.last = time.time(), 0.0, -math.inf, {}
-        self.writer = self.bar = None
+        self.args, self.arguments = args, json.loads(json.dumps(dataclasses.asdict(args), default=str))
+        self.config = {"algorithm": algorithm, "args": self.arguments} | _origin()
+        self.start, self.seconds_before, self.best, self.last = time.time(), 0.0, -math.inf, {}
+        self.writer, self.warned = None, False
+        path = self.folder / "config.json"
+        if args.eval_only or not path.exists():
+            return
+        if not args.resume:
+            raise UserError(
+                f"{self.folder} holds a run already; add --resume to go on with it, or choose another --run-dir"
+            )
+        for key, old in json.loads(path.read_text())["args"].items():
+            if key not in FREE and old != self.arguments.get(key):
+                flag = key.replace("_", "-")
+                raise UserError(
+                    f"{self.folder} holds a run with --{flag} {old}, not {self.arguments[key]}; choose a new --run-dir"
+                )
 
     def restore(self, parts: dict) -> int:
-        """Load the checkpoint into `parts` (name -> module or optimizer) and the random states; returns the step to go on from, 0 for a new run."""
+        """Load the checkpoint into `parts` (name -> module or optimizer) and the random states; returns its step, or 0.
+
+        Raises UserError if the checkpoint is damaged, or missing where it is to be evaluated.
+        """
         path = self.folder / "checkpoint.pt"
-        if not (self.restored and path.exists()):
+        if not self.args.eval_only and not (self.args.resume and path.exists()):
             return 0
         state = load_checkpoint(path)
         for name, part in parts.items():
@@ -108,89 +155,133 @@ class Run:
         self.seconds_before, self.best, self.last = state["seconds"], state["best"], state["last"]
         return state["step"]
 
-    def save(self, step: int, parts: dict, **facts) -> None:
-        """Write the checkpoint under a temporary name, then rename: a killed run never leaves half a file."""
-        state = {name: part.state_dict() for name, part in parts.items()}
-        for name, part in parts.items():
-            if isinstance(part, torch.nn.Module) and not all(torch.isfinite(p).all() for p in part.parameters()):
-                raise TrainingError(f"step {step}: the weights of {name} are no longer finite; {self._advice()}")
-        config = json.loads(json.dumps(dataclasses.asdict(self.args), default=str))
-        cuda_rng = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        state |= {"step": step, "rng": torch.get_rng_state(), "cuda_rng": cuda_rng, "args": config, **facts}
-        state |= {"seconds": self._seconds(), "best": self.best, "last": self.last}
-        temporary = self.folder / "checkpoint.pt.tmp"
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / "checkpoint.pt")
-
     def steps(self, start: int, total: int) -> Iterator[int]:
-        """The training steps start + 1 .. total behind a progress bar; lines of a previous life after `start` are forgotten."""
+        """The training steps start + 1 .. total, with a progress bar. Makes the folder, forgets logs later than `start`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self.folder / "config.json", self.config)
         path = self.folder / "metrics.jsonl"
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start] if path.exists() else []
+        lines = (
+            [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
+            if path.exists()
+            else []
+        )
         path.write_text("".join(line + "\n" for line in lines))
         self.writer = SummaryWriter(str(self.folder), purge_step=start + 1)
+        self.total, self.printed, self.clock = total, time.time(), (time.time(), start)
         self.bar = tqdm(total=total, initial=start, disable=not sys.stderr.isatty(), unit="step", dynamic_ncols=True)
-        self.printed, self.clock = time.time(), (time.time(), start)
         for step in range(start + 1, total + 1):
             yield step
             self.bar.update()
         self.bar.close()
 
+    def record(self, step: int, metrics: dict, parts: dict, **facts) -> None:
+        """Log every `log_every` steps and at evaluations, save every `save_every` steps; both at the end."""
+        if step % self.args.log_every == 0 or step == self.total or any(key.startswith("eval/") for key in metrics):
+            self.log(step, metrics)
+        if step % self.args.save_every == 0 or step == self.total:
+            self.save(step, parts, **facts)
+
     def log(self, step: int, metrics: dict) -> None:
-        """Read the tensors, write them to metrics.jsonl and TensorBoard, show progress. Raises TrainingError at NaN or inf, naming step and term."""
-        values = {k: float(v) for k, v in metrics.items()}
+        """Read the tensors, write them to metrics.jsonl and TensorBoard. Raises TrainingError at NaN or inf."""
+        values = {key: float(value) for key, value in metrics.items()}
+        for key, value in values.items():
+            if not math.isfinite(value):
+                raise TrainingError(f"step {step}: {key} is {value}; {self._advice()}")
         now = time.time()
         values["time/steps_per_s"] = (step - self.clock[1]) / max(now - self.clock[0], 1e-9)
         self.clock = (now, step)
-        bad = [k for k, v in values.items() if not math.isfinite(v)]
-        if bad:
-            raise TrainingError(f"step {step}: {bad[0]} is {values[bad[0]]}; {self._advice()}")
-        if "eval/score" in values:
-            self.best = max(self.best, values["eval/score"])
-            self.last = {k: v for k, v in values.items() if k.startswith("eval/")}
+        if "eval/return" in values:
+            self.last = {key: value for key, value in values.items() if key.startswith("eval/")}
+            self.best = max(self.best, self._headline())
+        if values.get("policy/ess", 1) < 0.1 and not self.warned:
+            self.warned = True
+            share = f"only {100 * values['policy/ess']:.1f} % of the samples carry the weight (policy/ess)"
+            self._say(f"step {step}: {share}: the policy fits a few outliers; a smaller beta may do better")
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step} | values) + "\n")
         for key, value in values.items():
             self.writer.add_scalar(key, value, step)
         self._show(step, values)
 
-    def finish(self, step: int, **facts) -> dict:
+    def save(self, step: int, parts: dict, **facts) -> None:
+        """Write checkpoint.pt under a temporary name, then rename: a killed run never leaves half a file.
+
+        Raises TrainingError at weights that are NaN or inf.
+        """
+        for name, part in parts.items():
+            if isinstance(part, torch.nn.Module) and not all(torch.isfinite(p).all() for p in part.parameters()):
+                raise TrainingError(f"step {step}: the weights of {name} are no longer finite; {self._advice()}")
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {
+            "step": step,
+            "args": self.arguments,
+            "seconds": self._seconds(),
+            "best": self.best,
+            "last": self.last,
+        }
+        state |= {
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        }
+        temporary = self.folder / "checkpoint.pt.tmp"
+        with temporary.open("wb") as file:
+            torch.save(state | facts, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.folder / "checkpoint.pt")
+
+    def finish(self) -> dict:
         """Write result.json and print the headline: the last score, with the best beside it."""
         self.writer.close()
-        best = self.best if math.isfinite(self.best) else None
-        result = {"step": step, "minutes": round(self._seconds() / 60, 2), "best_score": best, **self.last, **facts}
-        self._write("result.json", result)
-        score = f"last score {self.last['eval/score']:.1f} (best {best:.1f})" if best is not None else "no score"
-        print(f"{score} after {step} steps, {result['minutes']} minutes; everything is in {self.folder}")
+        minutes = round(self._seconds() / 60, 2)
+        result = {"steps": self.total, "minutes": minutes, **self.last, "best": self.best if self.last else None}
+        _write(self.folder / "result.json", result)
+        self.show(self.last)
+        print(f"{self.total} steps in {minutes} minutes; everything is in {self.folder}")
         return result
 
+    def show(self, metrics: dict) -> dict:
+        """Print the score in `metrics`; returns them."""
+        self.last = metrics
+        name = "score" if "eval/score" in metrics else "return"
+        spread = f" +- {metrics[f'eval/{name}_std']:.1f} over episodes" if f"eval/{name}_std" in metrics else ""
+        best = f", best {self.best:.1f}" if math.isfinite(self.best) else ""
+        print(f"last {name} {self._headline():.1f}{spread}{best}" if metrics else "not evaluated")
+        return metrics
+
+    def _headline(self) -> float:
+        return self.last.get("eval/score", self.last["eval/return"])
+
     def _show(self, step: int, values: dict) -> None:
-        shown = {k.split("/")[1]: f"{v:.3g}" for k, v in values.items() if k in ("eval/score", "critic/v", "policy/loss")}
+        shown = {
+            k: f"{v:.3g}"
+            for k, v in values.items()
+            if k in ("eval/score", "eval/return", "critic/v", "behaviour/loss", "policy/loss")
+        }
         self.bar.set_postfix(shown)
-        if self.bar.disable and ("eval/score" in values or time.time() - self.printed > 10):
+        if self.bar.disable and ("eval/return" in values or time.time() - self.printed > 10):
             self.printed = time.time()
-            left = (self.bar.total - step) / max(values["time/steps_per_s"], 1e-9)
+            left = (self.total - step) / max(values["time/steps_per_s"], 1e-9)
             text = "  ".join(f"{k} {v}" for k, v in shown.items())
-            print(f"step {step}/{self.bar.total}  {values['time/steps_per_s']:.0f}/s  {left:.0f} s left  {text}", flush=True)
+            self._say(f"step {step}/{self.total}  {values['time/steps_per_s']:.0f} steps/s  {left:.0f} s left  {text}")
+
+    def _say(self, text: str) -> None:
+        self.bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
     def _seconds(self) -> float:
-        return self.seconds_before + time.time() - self.start_time
+        return self.seconds_before + time.time() - self.start
 
     def _advice(self) -> str:
         return f"the last good checkpoint is kept in {self.folder}; try a smaller learning rate or beta"
 
-    def _read(self, name: str) -> dict | None:
-        path = self.folder / name
-        return json.loads(path.read_text()) if path.exists() else None
 
-    def _write(self, name: str, content: dict) -> None:
-        (self.folder / name).write_text(json.dumps(content, indent=2, default=str) + "\n")
+def _write(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The content of a run's checkpoint.pt, given the file or its folder. Raises UserError if there is none or it is damaged."""
+    """The content of a run's checkpoint.pt, given it or its folder. Raises UserError if it is missing or damaged."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; a run writes it at its first checkpoint")
@@ -201,11 +292,13 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def numpy_or_torch(act: Callable, device: str | torch.device) -> Callable:
-    """Wrap `act`, (B, O) tensor -> (B, A) tensor, so that it takes numpy or torch observations, (B, O) or (O,), and answers in kind."""
+    """`act`, (B, O) -> (B, A) on tensors, for numpy or torch observations, (B, O) or (O,); it answers in kind."""
 
     @torch.no_grad()
     def friendly(obs):
-        batch = torch.as_tensor(np.asarray(obs) if not torch.is_tensor(obs) else obs, dtype=torch.float32, device=device)
+        batch = torch.as_tensor(
+            np.asarray(obs) if not torch.is_tensor(obs) else obs, dtype=torch.float32, device=device
+        )
         action = act(batch.unsqueeze(0)).squeeze(0) if batch.ndim == 1 else act(batch)
         return action.to(obs.device) if torch.is_tensor(obs) else action.cpu().numpy()
 
@@ -215,7 +308,9 @@ def numpy_or_torch(act: Callable, device: str | torch.device) -> Callable:
 def _origin() -> dict:
     """Where a result comes from: command, versions, commit."""
     packages = ("torch", "numpy", "gymnasium", "mujoco", "h5py")
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},

@@ -16,13 +16,14 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
-from torch.func import jvp, vmap
+from torch.func import vjp, vmap
 from torch.nn.functional import pad
 
 Model = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (..., A), () -> (..., A)
 Schedule = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # t -> alpha, sigma
+Step = Callable[[torch.Tensor], torch.Tensor]  # one step of a sampler, (..., A) -> (..., A)
 
-# A noise prediction says nothing about the action where alpha = 0, as at t = 1 of the cosine and the linear path, so its
+# A noise prediction says nothing about the action where alpha = 0, as at t = 1 of the cosine and the linear path: its
 # samplers begin here. They take N(0, I) for the marginal: wrong by alpha (1.6e-3, 1e-3) of the data's mean and scale.
 NOISE_START = 1.0 - 1e-3
 SERIES_TERMS = 4  # in Hutchinson's estimate of a log-determinant
@@ -171,8 +172,8 @@ def ddpm(
 # 3. The log-density of `ode`'s actions. The sampler is a composition of maps y = x - h v(x, t) (for Euler), so by the
 # change of variables  log p(action) = log N(x_1; 0, I) - sum_k log |det dy_k/dx_k|,  dy/dx = I - h J,  J = dv/dx.
 # This is the exact density of the sampler as it runs, not an estimate of the continuous flow's: there is no error of
-# discretisation for a policy to exploit. It holds while every map is a bijection, for which h ||J|| < 1 suffices. Where
-# the data is narrower than the last step, h J nears 1 there and a fitted velocity may fold: power = 2 shortens that step.
+# discretisation for a policy to exploit. It holds while every map is a bijection, for which h ||J|| < 1 suffices. At
+# data narrower than the last step, h J nears 1 there and a fitted velocity may fold: power = 2 shortens that step.
 
 
 def log_normal(x: torch.Tensor) -> torch.Tensor:
@@ -180,33 +181,35 @@ def log_normal(x: torch.Tensor) -> torch.Tensor:
     return -0.5 * (x**2 + math.log(2 * math.pi)).sum(-1)
 
 
-def with_jacobian(step: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """y = step(x) and dy/dx, by A Jacobian-vector products in one batch: (..., A) -> (..., A), (..., A, A)."""
+def with_jacobian(step: Step, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = step(x) and dy_i/dx_j, its rows from one batch of A backward passes: (..., A) -> (..., A), (..., A, A).
+
+    Not by forward-mode `jvp`: a second derivative through LayerNorm's is silently wrong (pytorch issue 196700).
+    """
+    y, pullback = vjp(step, x)
     basis = torch.eye(x.shape[-1], device=x.device, dtype=x.dtype)
-    return vmap(lambda e: jvp(step, (x,), (e.expand_as(x),)), out_dims=(None, -1))(basis)
+    return y, vmap(lambda e: pullback(e.expand_as(x))[0], out_dims=-2)(basis)
 
 
-def with_log_det(
-    step: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, probe: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def with_log_det(step: Step, x: torch.Tensor, probe: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """y = step(x) and log |det dy/dx|: (..., A) -> (..., A), (...).
 
     Exact without a probe. With one, Hutchinson's estimate of the traces in log det(I - N) = -sum_k tr(N^k) / k, for
     N = I - dy/dx = h J, cut after SERIES_TERMS (Behrmann et al. 2019, arXiv 1811.00995, Algorithm 2): unbiased but for
-    the terms left out, tr(N^5) / 5 + ..., hence small only where h ||J|| is well below 1.
+    the terms left out, tr(N^5) / 5 + ..., hence good only where h ||J|| is well below 1.
     """
     if probe is None:
         y, jacobian = with_jacobian(step, x)
         return y, torch.linalg.slogdet(jacobian).logabsdet
-    log_det, moved = torch.zeros_like(x[..., 0]), probe
+    y, pullback = vjp(step, x)
+    log_det, row = torch.zeros_like(x[..., 0]), probe
     for k in range(1, SERIES_TERMS + 1):
-        y, pushed = jvp(step, (x,), (moved,))
-        moved = moved - pushed  # N^k probe
-        log_det = log_det - (probe * moved).sum(-1) / k
+        row = row - pullback(row)[0]  # probe' N^k
+        log_det = log_det - (row * probe).sum(-1) / k
     return y, log_det
 
 
-def invert(step: Callable[[torch.Tensor], torch.Tensor], y: torch.Tensor, iterations: int) -> torch.Tensor:
+def invert(step: Step, y: torch.Tensor, iterations: int) -> torch.Tensor:
     """The x with step(x) = y, by Newton's method from x = y: (..., A) -> (..., A).
 
     Autograd records only the last iteration: at the solution its first derivatives, with respect to y and to what step
@@ -249,11 +252,11 @@ def log_density(
     probe: torch.Tensor | None = None,
     iterations: int = 6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log mu(action) under the model `ode_with_log_density` samples, and the inversion's error: (..., A) -> (...), (...).
+    """log mu(action) under the model that `ode_with_log_density` samples, and its error: (..., A) -> (...), (...).
 
-    Undoes the sampler's own steps, so that the mean of log pi - log mu over pi's actions is a KL divergence: 0 for equal
-    velocities, never negative. The error is the largest miss of an undone step; where it is not tiny (Newton did not
-    converge, or the map folds) log mu is not to be trusted.
+    Undoes the sampler's own steps, so that the mean of log pi - log mu over pi's actions is a KL divergence: never
+    negative, and 0 for equal velocities. The error is the largest miss of an undone step; where it is not tiny (Newton
+    did not converge, or the map folds) log mu is not to be trusted.
     """
     step, x = ode_step(method), action
     log_dets, error = torch.zeros_like(action[..., 0]), torch.zeros_like(action[..., 0])

@@ -1,6 +1,6 @@
 """One name, one body: what two algorithm files both define at top level is the same text in both, unless it is listed in OWN.
 
-    python tests/sync.py gmpo.py      copy gmpo.py's shared definitions into the other files
+python tests/sync.py gmpo.py      copy gmpo.py's shared definitions into the other files
 """
 
 import ast
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FILES = ["iql_critic.py", "gmpo.py", "gmpg.py", "idql.py"]
 
 # The names that are the lesson: each file has its own.
-OWN = {"Args", "PAPER", "act", "policy_loss", "evaluate_bandit", "load_policy", "build", "train"}
+OWN = {"Args", "PAPER", "policy_loss", "act", "evaluate_bandit", "build", "train"}
 
 
 def definitions(name: str) -> dict[str, tuple[int, int, str]]:
@@ -25,7 +25,11 @@ def definitions(name: str) -> dict[str, tuple[int, int, str]]:
         else:
             names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-        while lines[first - 2].startswith("#") and not lines[first - 2].startswith(("# ---", "# ===")) and not lines[first - 2][2].isdigit():
+        while (
+            lines[first - 2].startswith("#")
+            and not lines[first - 2].startswith(("# ---", "# ==="))
+            and not lines[first - 2][2].isdigit()
+        ):
             first -= 1
         last = node.end_lineno
         found |= {n: (first, last, "\n".join(lines[first - 1 : last])) for n in names}
@@ -38,7 +42,9 @@ def files() -> list[str]:
 
 def changed_lines(one: str, other: str) -> int:
     """How many lines `diff one other` shows."""
-    diff = difflib.unified_diff((ROOT / one).read_text().splitlines(), (ROOT / other).read_text().splitlines(), lineterm="", n=0)
+    diff = difflib.unified_diff(
+        (ROOT / one).read_text().splitlines(), (ROOT / other).read_text().splitlines(), lineterm="", n=0
+    )
     return sum(line[0] in "+-" and not line.startswith(("+++", "---")) for line in diff)
 
 

@@ -1,0 +1,64 @@
+"""halfcheetah-demo: a dataset that needs no download, made at first use by a linear policy of our own.
+
+The policy, action = clip(W (obs - mean) / std, -1, 1), runs well: its return is the 100 of the demo's score. In the data it
+is disturbed: each action is, with a probability that is drawn for the episode, a uniformly random one. So every state has
+good actions and bad ones, cloning copies both, and what the data allow is far better than any of its episodes.
+
+halfcheetah_linear.npz holds W (6, 17), mean and std (17,). They were found by augmented random search (Mania et al., 2018,
+arXiv:1803.07055, V2-t: 60 iterations of 32 directions, the best 8 kept, step 0.02, noise 0.03, episodes of 500 steps), in
+`make("halfcheetah")`, every tenth action of the search reversed so that a policy survives that disturbs easily.
+"""
+
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+from tqdm import trange
+
+from common import datasets, environments
+
+NAME = "halfcheetah-demo"
+EPISODES = 60  # of 1000 steps
+RANDOM_SHARES = (0.1, 0.3, 0.5, 0.7)  # the probability of a random action; every fourth episode has the same
+NOISE = 0.05  # standard deviation, on every action
+
+
+with np.load(Path(__file__).with_name("halfcheetah_linear.npz")) as file:
+    W, MEAN, STD = file["W"], file["mean"], file["std"]
+
+
+def linear_policy(obs: np.ndarray) -> np.ndarray:
+    """(..., 17) -> (..., 6)."""
+    return np.clip((obs - MEAN) / STD @ W.T, -1, 1)
+
+
+def load(device: str = "cpu") -> datasets.Dataset:
+    """The demo's transitions, from D4RL's folder; made there first if need be."""
+    path = datasets.cache_folder() / f"{NAME}.hdf5"
+    if not path.exists():
+        generate(path)
+    return datasets.transitions(datasets.read_hdf5(path), "halfcheetah", device, path)
+
+
+def generate(path: Path, episodes: int = EPISODES, seed: int = 0) -> None:
+    """Write `episodes` episodes to `path` in D4RL's layout; the same ones for the same seed and versions on one machine."""
+    env, rng = environments.make("halfcheetah"), np.random.default_rng(seed)
+    rows = {"observations": [], "actions": [], "rewards": [], "terminals": [], "timeouts": []}
+    for episode in trange(episodes, desc=f"making {NAME}", unit="episode"):
+        random_share, timeout = RANDOM_SHARES[episode % len(RANDOM_SHARES)], False
+        obs, _ = env.reset(seed=int(rng.integers(2**31)))
+        while not timeout:
+            action = rng.uniform(-1, 1, 6) if rng.random() < random_share else linear_policy(obs)
+            action = np.clip(action + NOISE * rng.normal(size=6), -1, 1)
+            next_obs, reward, terminal, timeout, _ = env.step(action)
+            for key, value in zip(rows, (obs, action, reward, terminal, timeout)):
+                rows[key].append(value)
+            obs = next_obs
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with h5py.File(temporary, "w") as file:
+        for key, values in rows.items():
+            array = np.array(values)
+            file.create_dataset(key, data=array if array.dtype == bool else array.astype(np.float32), compression="gzip")
+    os.replace(temporary, path)  # a killed run never leaves half a file
