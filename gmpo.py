@@ -1,32 +1,35 @@
 """GMPO: a diffusion or flow policy fitted by advantage-weighted regression, in one file.
 
-    python gmpo.py                                                    halfcheetah-demo, made on the spot, minutes on a laptop
-    python gmpo.py --env bandit --path vp                             a problem with a known answer, seconds
-    python gmpo.py --env halfcheetah-medium-expert-v2 --path gvp      D4RL's data, physics and score
-    python gmpo.py --env my.hdf5 --eval-env hopper                    own data
-    python gmpo.py --beta 0 --critic-steps 0                          every weight 1: behaviour cloning, the yardstick
+    python gmpo.py                                               halfcheetah-demo, made on the spot, minutes on a laptop
+    python gmpo.py --env bandit --path vp                        a problem with a known answer, seconds
+    python gmpo.py --env halfcheetah-medium-expert-v2            D4RL's data, physics and score
+    python gmpo.py --env my.hdf5 --eval-env hopper               own data
+    python gmpo.py --beta 0 --critic-steps 0                     every weight 1: behaviour cloning, the yardstick
 
-Paper: Zhang et al., "Revisiting Generative Policies: A Simpler Reinforcement Learning Algorithmic Perspective", arXiv:2412.01245.
+Paper: Zhang et al., "Revisiting Generative Policies: A Simpler Reinforcement Learning Algorithmic Perspective",
+arXiv:2412.01245.
 
-Offline RL: D holds transitions (s, a, r, s', d) of an unknown behaviour policy mu(a|s), and nothing more is ever collected. The policy that
-maximises E[Q(s, a)] - KL(pi || mu) / beta is  pi*(a|s) = mu(a|s) exp(beta (Q(s, a) - V(s))) / Z(s): the behaviour, re-weighted. GMPO fits a
-generative model to it, weighting each action of the data in the ordinary training loss of the model. In order:
+Offline RL: D holds transitions (s, a, r, s', d) of an unknown behaviour policy mu(a|s), and nothing more is ever
+collected. The policy that maximises E[Q(s, a)] - KL(pi || mu) / beta is the behaviour, re-weighted:
+pi*(a|s) = mu(a|s) exp(beta (Q(s, a) - V(s))) / Z(s). GMPO fits a generative model to it, by weighting each action of
+the data in the model's ordinary training loss. In order:
 
   critic (IQL, arXiv:2110.06169, in the general form of IDQL, arXiv:2304.10573)
-    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]                     f asymmetric: V becomes the value of a policy better than mu
+    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f asymmetric: V is the value of a policy better than mu
     (2)  L_Q = E_D[ sum_i (r + gamma (1 - d) V(s') - Q_i(s, a))^2 ]
-    (3)  Q' <- (1 - target_rate) Q' + target_rate Q                  the target critic follows slowly
+    (3)  Q' <- (1 - target_rate) Q' + target_rate Q          the target critic follows slowly
   generative model of actions; time runs from t = 0, the action, to t = 1, the noise eps ~ N(0, I)
-    (4)  x_t = alpha_t a + sigma_t eps                               the path
-    (5)  l(s, a) = 1/2 |net(x_t, t, s) - target|^2                   target: the velocity alpha'_t a + sigma'_t eps, or the noise eps
-    (6)  dx/dt = velocity(x, t, s), integrated from t = 1 to 0       noise becomes an action
+    (4)  x_t = alpha_t a + sigma_t eps                       the path
+    (5)  l(s, a) = 1/2 |net(x_t, t, s) - target|^2           target: velocity alpha'_t a + sigma'_t eps, or noise eps
+    (6)  dx/dt = velocity(x, t, s), from t = 1 to t = 0      noise becomes an action
   policy
     (7)  w(s, a) = min(exp(beta (min_i Q_i(s, a) - V(s))), weight_max)
-    (8)  L = E_D[ w(s, a) l(s, a) ]                                  GMPO
-    (9)  L = E_D[ sum_k softmax_k(beta min_i Q_i(s, a_k)) l(s, a_k) ]   the same with K actions a_k sampled from a model of mu
+    (8)  L = E_D[ w(s, a) l(s, a) ]                          GMPO
+    (9)  L = E_D[ sum_k softmax_k(beta min_i Q_i(s, a_k)) l(s, a_k) ]    with K actions a_k sampled from a model of mu
 
-B is the batch, O the size of an observation, A of an action, K the sampled actions of a state. Read iql_critic.py before this file; after it
-`diff gmpo.py gmpg.py` shows a policy gradient in the place of section 5, `diff gmpo.py idql.py` the weights at acting time.
+B is the batch, O the size of an observation, A of an action, K the sampled actions of a state. Equations have the same
+number in every file. Read iql_critic.py before this file; after it, `diff gmpo.py gmpg.py` shows a policy gradient in
+the place of section 5, and `diff gmpo.py idql.py` the critic's weights at acting time.
 """
 
 import copy
@@ -52,9 +55,9 @@ from common import bandit, datasets, environments, runs, samplers
 @dataclass
 class Args:
     env: str = "halfcheetah-demo"
-    """the data: halfcheetah-demo, bandit, a D4RL name such as halfcheetah-medium-expert-v2, or the path of an HDF5 file"""
+    """the data: halfcheetah-demo, bandit, a D4RL name such as hopper-medium-v2, or the path of an HDF5 file"""
     eval_env: str | None = None
-    """where an own HDF5 file's policy is scored: a D4RL family such as hopper (normalised score), or a Gymnasium id (raw return)"""
+    """where own data's policy is scored: a D4RL family such as hopper (its score), or a Gymnasium id (raw return)"""
     seed: int = 0
     """of networks, batches and noise; the evaluation has a stream of its own"""
     device: str = "auto"
@@ -90,11 +93,11 @@ class Args:
     """share of the new weights in Eq. (3)"""
 
     path: Literal["vp", "gvp", "icfm"] = "gvp"
-    """Eq. (4): vp variance-preserving diffusion (noise prediction), gvp trigonometric, icfm straight line (both velocity)"""
+    """Eq. (4): vp variance-preserving diffusion (predicts noise); gvp trigonometric, icfm straight line (velocity)"""
     icfm_sigma: float = 0.0
     """extra noise along the straight path; the reference code has 0.1, which blurs the actions by as much"""
     network: Literal["mlp", "paper"] = "mlp"
-    """mlp: the state beside the noisy action; paper: the reference's U-shaped net, the state squeezed into 32 numbers"""
+    """mlp: the state beside the noisy action; paper: the reference's U-shaped net, the state through 32 numbers"""
     solver: Literal["ddim", "dpmpp", "euler", "midpoint", "rk4", "sde"] = "ddim"
     """how Eq. (6) is integrated"""
     sampler_steps: int = 16
@@ -131,8 +134,11 @@ class Args:
 
 # The reference code's settings, its epochs turned into steps at its batch of 4096; "*" holds where a name says nothing.
 PAPER = {
-    "*": dict(critic_lr=3e-4, critic_steps=1_000_000, behaviour_steps=1_000_000, policy_steps=2_000_000, batch_size=4096, policy_lr=1e-4, lr_decay=False,
-              expectile=0.7, beta=4.0, weight_max=100.0, normalize_obs=False, eval_every=50_000),
+    "*": dict(
+        critic_lr=3e-4, critic_steps=1_000_000, behaviour_steps=1_000_000, policy_steps=2_000_000, batch_size=4096,
+        policy_lr=1e-4, lr_decay=False, expectile=0.7, beta=4.0, weight_max=100.0, normalize_obs=False,
+        eval_every=50_000,
+    ),
     "halfcheetah-medium-v2": dict(critic_steps=1_220_000, policy_steps=2_440_000, beta=8.0),
     "halfcheetah-medium-expert-v2": dict(critic_steps=976_000, policy_steps=4_880_000, beta=1.0),
     "halfcheetah-medium-replay-v2": dict(critic_steps=600_000, policy_steps=500_000, beta=4.0, weight_max=400.0),
@@ -149,12 +155,18 @@ PAPER = {
     "antmaze-large-play-v0": dict(critic_steps=2_440_000, policy_steps=4_880_000, expectile=0.9, beta=16.0),
     "antmaze-large-diverse-v0": dict(critic_steps=2_440_000, policy_steps=4_880_000, expectile=0.9, beta=4.0),
     # Not from the paper: budgets of minutes, chosen by trying.
-    "halfcheetah-demo": dict(critic_steps=15_000, behaviour_steps=10_000, policy_steps=10_000, batch_size=256, policy_lr=1e-3, lr_decay=True,
-                             beta=1.0, normalize_obs=True, eval_every=2_500),
-    "bandit": dict(critic_lr=1e-3, critic_steps=1_500, behaviour_steps=3_000, policy_steps=4_000, batch_size=256, policy_lr=1e-3, lr_decay=True, beta=2.0,
-                   eval_every=2_000),
-    "own file": dict(critic_steps=100_000, behaviour_steps=100_000, policy_steps=100_000, batch_size=256, policy_lr=3e-4, lr_decay=True,
-                     beta=3.0, normalize_obs=True, eval_every=10_000),
+    "halfcheetah-demo": dict(
+        critic_steps=15_000, behaviour_steps=10_000, policy_steps=10_000, batch_size=256,
+        policy_lr=1e-3, lr_decay=True, beta=1.0, normalize_obs=True, eval_every=2_500,
+    ),
+    "bandit": dict(
+        critic_lr=1e-3, critic_steps=1_500, behaviour_steps=3_000, policy_steps=4_000, batch_size=256,
+        policy_lr=1e-3, lr_decay=True, beta=2.0, eval_every=2_000,
+    ),
+    "own file": dict(
+        critic_steps=100_000, behaviour_steps=100_000, policy_steps=100_000, batch_size=256,
+        policy_lr=3e-4, lr_decay=True, beta=3.0, normalize_obs=True, eval_every=10_000,
+    ),
 }  # fmt: skip
 
 
@@ -163,7 +175,7 @@ PAPER = {
 
 
 class Normalize(nn.Module):
-    """(obs - mean) / std, buffers of every network, so that a saved or copied network takes raw observations: (..., O) -> (..., O)."""
+    """(obs - mean) / std, buffers of the networks, so that a saved one takes raw observations: (B, O) -> (B, O)."""
 
     def __init__(self, obs_dim: int):
         super().__init__()
@@ -179,7 +191,7 @@ class Normalize(nn.Module):
 
 
 def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
-    """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation (gain sqrt 2 on every layer, the last included)."""
+    """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
     layers = []
     for size_in, size_out in zip(sizes, sizes[1:]):
         linear = nn.Linear(size_in, size_out)
@@ -428,7 +440,7 @@ def candidates(
 
 @torch.no_grad()
 def weighted_actions(models: dict, data: datasets.Dataset, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
-    """The actions and weights of all states, once for all since critic and behaviour are frozen by now: (N, K, A), (N, K)."""
+    """Actions and weights of all states, once, since critic and behaviour are frozen by now: (N, K, A), (N, K)."""
     if args.actions == "data":
         return data.action[:, None], weights(advantages(models["critic"], data), args)[:, None]
     generator = torch.Generator(args.device).manual_seed(
@@ -456,7 +468,7 @@ def act(models: dict, obs: torch.Tensor, args: Args, generator: torch.Generator 
 
 
 def load_policy(path: str | Path, device: str = "cpu") -> Callable:
-    """The policy of a run (its folder or checkpoint.pt) as act(obs): numpy or torch, (B, O) or (O,), to actions of the same kind."""
+    """A run's policy (its folder or checkpoint.pt) as act(obs): numpy or torch, (B, O) or (O,) -> actions in kind."""
     checkpoint = runs.load_checkpoint(path)
     args = Args(**checkpoint["args"])
     models = build(*checkpoint["sizes"], args)
@@ -471,7 +483,7 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 
 @torch.no_grad()
 def evaluate(models: dict, data: datasets.Dataset, run: runs.Run, args: Args, step: int) -> dict:
-    """Score of args.eval_episodes episodes in lock-step, one batched policy call a step, from a random stream of their own."""
+    """Score of args.eval_episodes episodes in lock-step, one batched policy call a step; a random stream of its own."""
     seed = int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0])
     generator = torch.Generator(args.device).manual_seed(seed)
     if args.env == "bandit":
@@ -537,7 +549,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float, progress: float, decay: 
 
 
 def train(args: Args) -> dict:
-    """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError when a loss is no longer finite."""
+    """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
     args = runs.fill_in(args, PAPER)
     run = runs.Run(args, "gmpo")
     torch.manual_seed(args.seed)

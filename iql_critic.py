@@ -1,30 +1,33 @@
 """IQL: a critic learnt from the data's own actions, and a Gaussian actor fitted by its advantages, in one file.
 
-    python iql_critic.py                                              halfcheetah-demo, made on the spot, minutes on a laptop
-    python iql_critic.py --env bandit                                 a problem with a known answer, seconds
-    python iql_critic.py --env halfcheetah-medium-expert-v2           D4RL's data, physics and score
-    python iql_critic.py --critic-loss exponential                    another f in Eq. (1)
-    python gmpo.py --critic runs/halfcheetah-demo/iql_critic/seed0         the other files take this critic
+    python iql_critic.py                                         halfcheetah-demo, made on the spot, minutes on a laptop
+    python iql_critic.py --env bandit                            a problem with a known answer, seconds
+    python iql_critic.py --env halfcheetah-medium-expert-v2      D4RL's data, physics and score
+    python iql_critic.py --critic-loss exponential               another f in Eq. (1)
+    python gmpo.py --critic runs/halfcheetah-demo/iql_critic/seed0   the other files take this critic
 
-Papers: Kostrikov et al., "Offline Reinforcement Learning with Implicit Q-Learning", arXiv:2110.06169 (IQL: this file is it, by default);
-Hansen-Estruch et al., "IDQL: Implicit Q-Learning as an Actor-Critic Method with Diffusion Policies", arXiv:2304.10573 (any convex f).
+Papers: Kostrikov et al., "Offline Reinforcement Learning with Implicit Q-Learning", arXiv:2110.06169 (IQL: this file,
+by default); Hansen-Estruch et al., "IDQL: Implicit Q-Learning as an Actor-Critic Method with Diffusion Policies",
+arXiv:2304.10573 (any convex f).
 
-Offline RL: D holds transitions (s, a, r, s', d) of an unknown behaviour policy mu(a|s), and nothing more is ever collected. A critic that asks
-what an action outside the data is worth gets an invented answer. IQL never asks: V is fitted to Q at the data's actions, but by an asymmetric
-loss, so that it becomes the value of a policy better than mu. Each step does, in order:
+Offline RL: D holds transitions (s, a, r, s', d) of an unknown behaviour policy mu(a|s), and nothing more is ever
+collected. A critic that is asked what an action outside the data is worth invents an answer. IQL never asks: V is
+fitted to Q at the data's actions, by an asymmetric loss, so that it becomes the value of a policy better than mu. In
+order:
 
   critic
-    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]                     f asymmetric: V becomes the value of a policy better than mu
+    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f asymmetric: V is the value of a policy better than mu
     (2)  L_Q = E_D[ sum_i (r + gamma (1 - d) V(s') - Q_i(s, a))^2 ]
-    (3)  Q' <- (1 - target_rate) Q' + target_rate Q                  the target critic follows slowly
+    (3)  Q' <- (1 - target_rate) Q' + target_rate Q          the target critic follows slowly
   policy
     (7)  w(s, a) = min(exp(beta (min_i Q'_i(s, a) - V(s))), weight_max)
-    (10) L = -E_D[ w(s, a) log N(a; tanh(m(s)), std) ]               IQL's actor: advantage-weighted regression of a Gaussian
-  whose value V is (IDQL)
-    (11) pi(a|s) = mu(a|s) w(s, a) / Z(s),  w = |f'(Q - V)| / |Q - V|  the policy that the critic has never written down
+    (10) L = -E_D[ w(s, a) log N(a; tanh(m(s)), std) ]       IQL's actor: advantage-weighted regression of a Gaussian
+  and the policy whose value V is, never written down by the critic (IDQL)
+    (11) pi(a|s) = mu(a|s) w(s, a) / Z(s),  w = |f'(Q - V)| / |Q - V|
 
-B is the batch, O the size of an observation, A of an action. Equations have the same number in every file. A Gaussian is the yardstick: on
-`--env bandit` it fails, and the picture shows why. Read gmpo.py next: `diff iql_critic.py gmpo.py` puts a generative model in its place.
+B is the batch, O the size of an observation, A of an action. Equations have the same number in every file. A Gaussian
+is the yardstick: on `--env bandit` it fails, and the picture shows why. Read gmpo.py next: `diff iql_critic.py
+gmpo.py` puts a generative model in its place.
 """
 
 import copy
@@ -49,9 +52,9 @@ from common import bandit, datasets, environments, runs
 @dataclass
 class Args:
     env: str = "halfcheetah-demo"
-    """the data: halfcheetah-demo, bandit, a D4RL name such as halfcheetah-medium-expert-v2, or the path of an HDF5 file"""
+    """the data: halfcheetah-demo, bandit, a D4RL name such as hopper-medium-v2, or the path of an HDF5 file"""
     eval_env: str | None = None
-    """where an own HDF5 file's policy is scored: a D4RL family such as hopper (normalised score), or a Gymnasium id (raw return)"""
+    """where own data's policy is scored: a D4RL family such as hopper (its score), or a Gymnasium id (raw return)"""
     seed: int = 0
     """of networks, batches and noise; the evaluation has a stream of its own"""
     device: str = "auto"
@@ -114,8 +117,10 @@ class Args:
 # IQL's own settings; "*" holds where a name says nothing.
 ANTMAZE, DEXTEROUS = dict(expectile=0.9, beta=10.0), dict(beta=0.5, dropout=0.1)
 PAPER = {
-    "*": dict(critic_lr=3e-4, critic_steps=1_000_000, policy_steps=1_000_000, policy_lr=3e-4, lr_decay=True, expectile=0.7, beta=3.0, dropout=0.0,
-              normalize_obs=False, eval_every=50_000),
+    "*": dict(
+        critic_lr=3e-4, critic_steps=1_000_000, policy_steps=1_000_000, policy_lr=3e-4, lr_decay=True,
+        expectile=0.7, beta=3.0, dropout=0.0, normalize_obs=False, eval_every=50_000,
+    ),
     **{f"antmaze-{maze}-v{k}": ANTMAZE for k in (0, 2) for maze in
        ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")},
     **{f"kitchen-{kind}-v0": DEXTEROUS for kind in ("complete", "partial", "mixed")},
@@ -133,7 +138,7 @@ PAPER = {
 
 
 class Normalize(nn.Module):
-    """(obs - mean) / std, buffers of every network, so that a saved or copied network takes raw observations: (..., O) -> (..., O)."""
+    """(obs - mean) / std, buffers of the networks, so that a saved one takes raw observations: (B, O) -> (B, O)."""
 
     def __init__(self, obs_dim: int):
         super().__init__()
@@ -149,7 +154,7 @@ class Normalize(nn.Module):
 
 
 def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
-    """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation (gain sqrt 2 on every layer, the last included)."""
+    """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
     layers = []
     for size_in, size_out in zip(sizes, sizes[1:]):
         linear = nn.Linear(size_in, size_out)
@@ -297,7 +302,7 @@ def act(models: dict, obs: torch.Tensor, args: Args, generator: torch.Generator 
 
 
 def load_policy(path: str | Path, device: str = "cpu") -> Callable:
-    """The policy of a run (its folder or checkpoint.pt) as act(obs): numpy or torch, (B, O) or (O,), to actions of the same kind."""
+    """A run's policy (its folder or checkpoint.pt) as act(obs): numpy or torch, (B, O) or (O,) -> actions in kind."""
     checkpoint = runs.load_checkpoint(path)
     args = Args(**checkpoint["args"])
     models = build(*checkpoint["sizes"], args)
@@ -312,7 +317,7 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 
 @torch.no_grad()
 def evaluate(models: dict, data: datasets.Dataset, run: runs.Run, args: Args, step: int) -> dict:
-    """Score of args.eval_episodes episodes in lock-step, one batched policy call a step, from a random stream of their own."""
+    """Score of args.eval_episodes episodes in lock-step, one batched policy call a step; a random stream of its own."""
     seed = int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0])
     generator = torch.Generator(args.device).manual_seed(seed)
     if args.env == "bandit":
@@ -336,7 +341,7 @@ def evaluate(models: dict, data: datasets.Dataset, run: runs.Run, args: Args, st
 def evaluate_bandit(
     models: dict, data: datasets.Dataset, run: runs.Run, args: Args, step: int, generator: torch.Generator
 ) -> dict:
-    """The data's actions, drawn again by the weights of Eq. (11), against their closed form; beside them the Gaussian, which fails."""
+    """The data's actions, drawn again by the weights of Eq. (11), against the closed form; beside them the Gaussian."""
     values = torch.linspace(0, 1, 100_001)
     optimal_v = values[
         f(bandit.REWARDS[:, None] - values, args).mean(0).argmin()
@@ -384,7 +389,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float, progress: float, decay: 
 
 
 def train(args: Args) -> dict:
-    """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError when a loss is no longer finite."""
+    """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
     args = runs.fill_in(args, PAPER)
     run = runs.Run(args, "iql_critic")
     torch.manual_seed(args.seed)

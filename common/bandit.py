@@ -2,8 +2,8 @@
 
 One state; a two-dimensional action; eight narrow Gaussian modes on a circle, equally frequent in the data, each with
 its own reward. The two best modes lie opposite each other, so that the mean of the good actions is a bad action: a
-Gaussian policy must fail here. Every policy that re-weights the behaviour by the action's value, pi(a) = mu(a) w(Q(a)) /
-Z, keeps the modes and changes how frequent they are.
+Gaussian policy must fail here. Every policy that re-weights the behaviour by the action's value, pi(a) = mu(a) w(Q(a))
+/ Z, keeps the modes and changes how frequent they are.
 """
 
 import math
@@ -22,7 +22,7 @@ STD = 0.04  # of each mode, in both directions
 
 
 def load(device: str = "cpu", size: int = 20_000) -> Dataset:
-    """`size` transitions of one step: obs 0 (O = 1), an action (A = 2) near a random mode, its reward. Always the same."""
+    """`size` transitions of one step, always the same: obs 0, an action (A = 2) near a random mode, its reward."""
     generator = torch.Generator().manual_seed(0)
     mode = torch.randint(8, (size,), generator=generator)
     action = MODES[mode] + STD * torch.randn(size, 2, generator=generator)

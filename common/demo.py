@@ -1,12 +1,13 @@
 """halfcheetah-demo: a dataset that needs no download, made at first use by a linear policy of our own.
 
-The policy, action = clip(W (obs - mean) / std, -1, 1), runs well: its return is the 100 of the demo's score. In the data it
-is disturbed: each action is, with a probability that is drawn for the episode, a uniformly random one. So every state has
-good actions and bad ones, cloning copies both, and what the data allow is far better than any of its episodes.
+The policy, action = clip(W (obs - mean) / std, -1, 1), runs well: its return is the 100 of the demo's score. In the
+data it is disturbed: each action is a random one with a probability of 0.1, 0.3, 0.5 or 0.7, the same for an episode. So
+every state has good actions and bad ones, cloning copies both, and the data allow far better than their best episode.
 
-halfcheetah_linear.npz holds W (6, 17), mean and std (17,). They were found by augmented random search (Mania et al., 2018,
-arXiv:1803.07055, V2-t: 60 iterations of 32 directions, the best 8 kept, step 0.02, noise 0.03, episodes of 500 steps), in
-`make("halfcheetah")`, every tenth action of the search reversed so that a policy survives that disturbs easily.
+halfcheetah_linear.npz holds W (6, 17), mean and std (17,). They were found by augmented random search (Mania et al.,
+2018, arXiv:1803.07055, V2-t: 60 iterations of 32 directions, the best 8 kept, step 0.02, noise 0.03, episodes of 500
+steps), in `make("halfcheetah")`, every tenth action of the search reversed so that a policy survives that disturbs
+easily.
 """
 
 import os
@@ -42,7 +43,7 @@ def load(device: str = "cpu") -> datasets.Dataset:
 
 
 def generate(path: Path, episodes: int = EPISODES, seed: int = 0) -> None:
-    """Write `episodes` episodes to `path` in D4RL's layout; the same ones for the same seed and versions on one machine."""
+    """Write `episodes` episodes to `path` in D4RL's layout; the same ones for one seed, versions and machine."""
     env, rng = environments.make("halfcheetah"), np.random.default_rng(seed)
     rows = {"observations": [], "actions": [], "rewards": [], "terminals": [], "timeouts": []}
     for episode in trange(episodes, desc=f"making {NAME}", unit="episode"):
@@ -60,5 +61,6 @@ def generate(path: Path, episodes: int = EPISODES, seed: int = 0) -> None:
     with h5py.File(temporary, "w") as file:
         for key, values in rows.items():
             array = np.array(values)
-            file.create_dataset(key, data=array if array.dtype == bool else array.astype(np.float32), compression="gzip")
+            array = array if array.dtype == bool else array.astype(np.float32)
+            file.create_dataset(key, data=array, compression="gzip")
     os.replace(temporary, path)  # a killed run never leaves half a file

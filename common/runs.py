@@ -156,7 +156,7 @@ class Run:
         return state["step"]
 
     def steps(self, start: int, total: int) -> Iterator[int]:
-        """The training steps start + 1 .. total, with a progress bar. Makes the folder, forgets logs later than `start`."""
+        """The training steps start + 1 .. total, with a progress bar. Makes the folder, drops later logs than `start`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(self.folder / "config.json", self.config)
         path = self.folder / "metrics.jsonl"

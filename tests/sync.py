@@ -1,4 +1,4 @@
-"""One name, one body: what two algorithm files both define at top level is the same text in both, unless it is listed in OWN.
+"""One name, one body: what two algorithm files both define at top level is the same text in both, OWN excepted.
 
 python tests/sync.py gmpo.py      copy gmpo.py's shared definitions into the other files
 """
