@@ -287,6 +287,8 @@ NETWORKS = {"mlp": StateMLP, "paper": PaperNet}
 # ------------------------------------------------------------------------------------------------------------------
 # 3. The generative model: t = 0 is the action, t = 1 the noise
 
+PREDICTS = {"vp": "noise", "gvp": "velocity", "icfm": "velocity"}
+
 
 def alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]:
     """alpha_t and sigma_t of Eq. (4), of t's shape."""
@@ -312,14 +314,11 @@ def d_alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tenso
 def matching_loss(net: nn.Module, action: torch.Tensor, obs: torch.Tensor, args: Args) -> torch.Tensor:
     """Eq. (5) of each sample, summed over action dimensions: (B, A), (B, O) -> (B,)."""
     eps = torch.randn_like(action)
-    t = torch.rand(len(action), device=action.device)
+    t = torch.rand(len(action), device=action.device).clamp(min=1e-5)  # sigma'_t of vp is infinite at 0
     alpha, sigma = alpha_sigma(t[:, None], args.path)
     x = alpha * action + sigma * eps  # Eq. (4)
-    if args.path == "vp":
-        target = eps
-    else:
-        d_alpha, d_sigma = d_alpha_sigma(t[:, None], args.path)
-        target = d_alpha * action + d_sigma * eps
+    d_alpha, d_sigma = d_alpha_sigma(t[:, None], args.path)
+    target = eps if PREDICTS[args.path] == "noise" else d_alpha * action + d_sigma * eps
     if args.path == "icfm":
         x = x + args.icfm_sigma * torch.randn_like(x)
     return 0.5 * (net(x, t, obs) - target).square().sum(-1)  # Eq. (5)
@@ -328,7 +327,7 @@ def matching_loss(net: nn.Module, action: torch.Tensor, obs: torch.Tensor, args:
 def velocity(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor, path: str) -> torch.Tensor:
     """dx/dt of Eq. (6), towards the noise: (B, A), (), (B, O) -> (B, A)."""
     out = net(x, t.expand(len(x)), obs)
-    if path != "vp":
+    if PREDICTS[path] == "velocity":
         return out
     t = t.clamp(min=1e-3)  # 1 / sigma_t is infinite at t = 0
     alpha, sigma = alpha_sigma(t, path)
@@ -339,7 +338,7 @@ def velocity(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor
 def noise_prediction(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor, path: str) -> torch.Tensor:
     """The eps that the net sees in x: (B, A), (), (B, O) -> (B, A)."""
     out = net(x, t.expand(len(x)), obs)
-    if path == "vp":
+    if PREDICTS[path] == "noise":
         return out
     (alpha, sigma), (d_alpha, d_sigma) = alpha_sigma(t, path), d_alpha_sigma(t, path)
     return (alpha * out - d_alpha * x) / (

@@ -39,13 +39,13 @@ def frequencies(action: torch.Tensor) -> torch.Tensor:
 def report(action: torch.Tensor, target: torch.Tensor, run: Run, step: int, **others: torch.Tensor) -> dict:
     """Compare actions (B, 2) with the closed-form mode frequencies `target` (8,): metrics, and a picture.
 
-    The picture goes into the run's folder and TensorBoard; `others` are further sets of actions to draw, by name. The
-    score is 100 (1 - total variation).
+    While training the picture goes into the run's folder and TensorBoard; `others` are further sets of actions to draw,
+    by name. The score is 100 (1 - total variation).
     """
     distance = 0.5 * (frequencies(action) - target).abs().sum().item()
-    figure = picture({"data": load().action[:4096], "policy": action, **others}, target)
-    figure.savefig(run.folder / "bandit.png", dpi=120)
     if run.writer:
+        figure = picture({"data": load().action[:4096], "policy": action, **others}, target)
+        figure.savefig(run.folder / "bandit.png", dpi=120)
         run.writer.add_figure("bandit", figure, step)
     return {
         "eval/score": 100 * (1 - distance),

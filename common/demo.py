@@ -57,7 +57,7 @@ def generate(path: Path, episodes: int = EPISODES, seed: int = 0) -> None:
                 rows[key].append(value)
             obs = next_obs
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two first runs at once make a file each
     with h5py.File(temporary, "w") as file:
         for key, values in rows.items():
             array = np.array(values)

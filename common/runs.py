@@ -43,6 +43,18 @@ FREE = {
     "log_every",
     "policy_steps",
 }
+AT_LEAST_1 = {
+    "batch_size",
+    "candidates",
+    "eval_every",
+    "eval_episodes",
+    "linex_max",
+    "log_every",
+    "policy_batch_size",
+    "sampler_steps",
+    "save_every",
+}
+AT_MOST_1 = {"discount", "dropout", "target_rate"}
 
 
 def main(train: Callable, args_type: type) -> None:
@@ -65,8 +77,7 @@ def fill_in(args, paper: dict):
 
     Raises UserError for a number that makes no sense, for a device or an environment that is not there.
     """
-    own_file = args.env.endswith((".hdf5", ".h5")) or Path(args.env).is_file()
-    values = paper["*"] | paper.get("own file" if own_file else args.env, {})
+    values = paper["*"] | paper.get("own file" if _own_file(args.env) else args.env, {})
     args = dataclasses.replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,15 +92,10 @@ def fill_in(args, paper: dict):
         flag, number = "--" + name.replace("_", "-"), isinstance(value, int | float) and not isinstance(value, bool)
         if number and (value < 0 or not math.isfinite(value)):
             raise UserError(f"{flag} {value}: must be a finite number that is not negative")
-        if value == 0 and name in (
-            "batch_size",
-            "eval_every",
-            "eval_episodes",
-            "save_every",
-            "log_every",
-            "sampler_steps",
-        ):
-            raise UserError(f"{flag} 0: must be at least 1")
+        if name in AT_LEAST_1 and value < 1:
+            raise UserError(f"{flag} {value}: must be at least 1")
+        if (name in AT_MOST_1 and value > 1) or (name == "expectile" and not 0 < value < 1):
+            raise UserError(f"{flag} {value}: must lie between 0 and 1")
     return args
 
 
@@ -118,20 +124,25 @@ class Run:
 
     def __init__(self, args, algorithm: str):
         """Only looks; the folder is made by `steps`. Raises UserError if it holds another run."""
-        name = Path(args.env).stem if args.env.endswith((".hdf5", ".h5")) else args.env
+        name = Path(args.env).stem if _own_file(args.env) else args.env
         self.folder = Path(args.run_dir or f"runs/{name}/{algorithm}/seed{args.seed}")
         self.args, self.arguments = args, json.loads(json.dumps(dataclasses.asdict(args), default=str))
         self.config = {"algorithm": algorithm, "args": self.arguments} | _origin()
         self.start, self.seconds_before, self.best, self.last = time.time(), 0.0, -math.inf, {}
         self.writer, self.warned = None, False
         path = self.folder / "config.json"
-        if args.eval_only or not path.exists():
+        if not path.exists():
+            return
+        config = json.loads(path.read_text())
+        if config["algorithm"] != algorithm:
+            raise UserError(f"{self.folder} holds a run of {config['algorithm']}.py; choose another --run-dir")
+        if args.eval_only:
             return
         if not args.resume:
             raise UserError(
                 f"{self.folder} holds a run already; add --resume to go on with it, or choose another --run-dir"
             )
-        for key, old in json.loads(path.read_text())["args"].items():
+        for key, old in config["args"].items():
             if key not in FREE and old != self.arguments.get(key):
                 flag = key.replace("_", "-")
                 raise UserError(
@@ -147,8 +158,11 @@ class Run:
         if not self.args.eval_only and not (self.args.resume and path.exists()):
             return 0
         state = load_checkpoint(path)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        except (KeyError, ValueError, RuntimeError):
+            raise UserError(f"{path} has other networks; give the arguments in {self.folder / 'config.json'}") from None
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda_rng"])
@@ -156,16 +170,16 @@ class Run:
         return state["step"]
 
     def steps(self, start: int, total: int) -> Iterator[int]:
-        """The training steps start + 1 .. total, with a progress bar. Makes the folder, drops later logs than `start`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / "config.json", self.config)
+        """The training steps start + 1 .. total, with a progress bar. Makes the folder, drops logs after `start`."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.folder} can't be written ({error.strerror}); choose another --run-dir") from None
         path = self.folder / "metrics.jsonl"
-        lines = (
-            [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
-            if path.exists()
-            else []
-        )
-        path.write_text("".join(line + "\n" for line in lines))
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # a run killed while writing leaves half a line
+        _write(path, "".join(line for line in whole if json.loads(line)["step"] <= start))
         self.writer = SummaryWriter(str(self.folder), purge_step=start + 1)
         self.total, self.printed, self.clock = total, time.time(), (time.time(), start)
         self.bar = tqdm(total=total, initial=start, disable=not sys.stderr.isatty(), unit="step", dynamic_ncols=True)
@@ -235,7 +249,7 @@ class Run:
         self.writer.close()
         minutes = round(self._seconds() / 60, 2)
         result = {"steps": self.total, "minutes": minutes, **self.last, "best": self.best if self.last else None}
-        _write(self.folder / "result.json", result)
+        _write(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         self.show(self.last)
         print(f"{self.total} steps in {minutes} minutes; everything is in {self.folder}")
         return result
@@ -246,7 +260,7 @@ class Run:
         name = "score" if "eval/score" in metrics else "return"
         spread = f" +- {metrics[f'eval/{name}_std']:.1f} over episodes" if f"eval/{name}_std" in metrics else ""
         best = f", best {self.best:.1f}" if math.isfinite(self.best) else ""
-        print(f"last {name} {self._headline():.1f}{spread}{best}" if metrics else "not evaluated")
+        print(f"last {name} {self._headline():.1f}{spread}{best}" if "eval/return" in metrics else "not evaluated")
         return metrics
 
     def _headline(self) -> float:
@@ -276,8 +290,15 @@ class Run:
         return f"the last good checkpoint is kept in {self.folder}; try a smaller learning rate or beta"
 
 
-def _write(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n")
+def _own_file(env: str) -> bool:
+    return env.endswith((".hdf5", ".h5")) or Path(env).is_file()
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing, as in `Run.save`."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -286,9 +307,12 @@ def load_checkpoint(path: str | Path) -> dict:
     if not path.exists():
         raise UserError(f"{path} does not exist; a run writes it at its first checkpoint")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}); use another one") from None
+    if not isinstance(checkpoint, dict) or "step" not in checkpoint:
+        raise UserError(f"{path} is a file of torch, but not the checkpoint of a run; use another one")
+    return checkpoint
 
 
 def numpy_or_torch(act: Callable, device: str | torch.device) -> Callable:
@@ -308,11 +332,13 @@ def numpy_or_torch(act: Callable, device: str | torch.device) -> Callable:
 def _origin() -> dict:
     """Where a result comes from: command, versions, commit."""
     packages = ("torch", "numpy", "gymnasium", "mujoco", "h5py")
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    git = ["git", "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "commit": git.stdout.strip() or None,
+        "commit": commit or None,
     }

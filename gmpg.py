@@ -1,0 +1,577 @@
+"""GMPG: a policy gradient through the sampler of a diffusion or flow policy, held near the behaviour by the exact KL.
+
+    python gmpg.py                                               halfcheetah-demo, made on the spot
+    python gmpg.py --env bandit --gradient reinforce             a problem with a known answer
+    python gmpg.py --env halfcheetah-medium-expert-v2            D4RL's data, physics and score
+    python gmpg.py --critic runs/halfcheetah-demo/iql_critic/seed0   with a critic that is there already
+
+Paper: Zhang et al., "Revisiting Generative Policies: A Simpler Reinforcement Learning Algorithmic Perspective",
+arXiv:2412.01245.
+
+Offline RL: D holds transitions (s, a, r, s', d) of an unknown behaviour policy mu(a|s), and nothing more is ever
+collected. GMPO (gmpo.py) re-weights the data's actions; GMPG climbs to the same optimum, mu exp(beta Q) / Z, by the
+gradient of E[Q(s, a)] - KL(pi || mu) / beta, through every step of the sampler that made the action. In order:
+
+  critic (IQL, arXiv:2110.06169, in the general form of IDQL, arXiv:2304.10573)
+    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f asymmetric: V is the value of a policy better than mu
+    (2)  L_Q = E_D[ sum_i (r + gamma (1 - d) V(s') - Q_i(s, a))^2 ]
+    (3)  Q' <- (1 - target_rate) Q' + target_rate Q          the target critic follows slowly
+  generative model of actions; time runs from t = 0, the action, to t = 1, the noise eps ~ N(0, I)
+    (4)  x_t = alpha_t a + sigma_t eps                       the path
+    (5)  l(s, a) = 1/2 |net(x_t, t, s) - target|^2           target: velocity alpha'_t a + sigma'_t eps, or noise eps
+    (6)  dx/dt = velocity(x, t, s), from t = 1 to t = 0      noise becomes an action
+  policy, started as a copy of the model of mu
+    (12) a = x_0,  x_s = x_t - (t - s) velocity(x_t, t, s)   Euler's steps of Eq. (6), on nodes 1 = t_0 > ... > t_n = 0
+    (13) log pi(a|s) = log N(x_1; 0, I) - sum_k log |det dx_{k+1} / dx_k|    exact for these steps; log mu(a|s) likewise
+    (14) L = E[ -beta min_i Q_i(s, a) + log pi(a|s) - log mu(a|s) ]          GMPG
+
+The densities are those of the very steps that sample, not of the continuous flow: a policy finds and exploits any gap
+between the two. B is the batch, O the size of an observation, A of an action. Equations have the same number in every
+file. Read gmpo.py before this file: `diff gmpo.py gmpg.py` shows what a policy gradient changes.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import gymnasium
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import bandit, datasets, environments, runs, samplers
+
+# ------------------------------------------------------------------------------------------------------------------
+# 1. Arguments
+
+
+@dataclass
+class Args:
+    env: str = "halfcheetah-demo"
+    """the data: halfcheetah-demo, bandit, a D4RL name such as hopper-medium-v2, or the path of an HDF5 file"""
+    eval_env: str | None = None
+    """where own data's policy is scored: a D4RL family such as hopper (its score), or a Gymnasium id (raw return)"""
+    seed: int = 0
+    """of networks, batches and noise; the evaluation has a stream of its own"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
+    run_dir: Path | None = None
+    """the run's folder; None: runs/<env>/gmpo/seed<seed>"""
+    resume: bool = False
+    """go on from the run folder's checkpoint, if there is one"""
+    eval_only: bool = False
+    """score the run folder's checkpoint and stop"""
+    allow_unverified: bool = False
+    """accept a D4RL file whose checksum is not the published one"""
+    normalize_obs: bool | None = None
+    """let the networks see (obs - mean) / std; None: as PAPER says"""
+
+    critic: Path | None = None
+    """a run of iql_critic.py (its folder) whose critic is taken as it is, instead of training one"""
+    critic_steps: int | None = None
+    """gradient steps of the critic; None: as PAPER says"""
+    critic_lr: float | None = None
+    """Adam's learning rate for Q and V; None: as PAPER says"""
+    critic_loss: Literal["expectile", "quantile", "exponential"] = "expectile"
+    """f of Eq. (1)"""
+    expectile: float | None = None
+    """tau of the expectile and of the quantile loss, in (0, 1); None: as PAPER says"""
+    linex_alpha: float = 1.0
+    """alpha of the exponential loss, on the scale of the scaled rewards"""
+    linex_max: float = 6.0
+    """exp(alpha u) grows linearly from this value on, in the exponential loss"""
+    discount: float = 0.99
+    """gamma"""
+    target_rate: float = 0.005
+    """share of the new weights in Eq. (3)"""
+
+    path: Literal["vp", "gvp", "icfm"] = "gvp"
+    """Eq. (4): vp variance-preserving diffusion, gvp trigonometric, icfm straight line; all predict the velocity"""
+    icfm_sigma: float = 0.0
+    """extra noise along the straight path; the reference code has 0.1, which blurs the actions by as much"""
+    network: Literal["mlp", "paper"] = "mlp"
+    """mlp: the state beside the noisy action; paper: the reference's U-shaped net, the state through 32 numbers"""
+    sampler_steps: int = 16
+    """n of Eq. (12)"""
+    behaviour_steps: int | None = None
+    """gradient steps of the model of mu; None: as PAPER says"""
+    behaviour_lr: float | None = None
+    """Adam's learning rate for the model of mu, with a cosine to 0; None: as PAPER says"""
+    gradient: Literal["pathwise", "reinforce", "matching"] = "pathwise"
+    """of Eq. (14): through the sampler, or by the score function; matching: Eq. (5) in the place of the KL"""
+    divergence: Literal["auto", "exact", "hutchinson"] = "auto"
+    """determinants of Eq. (13): exact, or Hutchinson's estimate with one probe a solve; auto: exact up to A = 24"""
+
+    policy_steps: int | None = None
+    """gradient steps of the policy; None: as PAPER says"""
+    policy_lr: float | None = None
+    """Adam's learning rate for the policy; None: as PAPER says"""
+    lr_decay: bool = False
+    """let the policy's learning rate fall to 0 along a cosine"""
+    beta: float | None = None
+    """the temperature in Eq. (14), in nats: 0 is behaviour cloning, large is greedy; None: as PAPER says"""
+    grad_norm: float = 10.0
+    """the policy's gradient is clipped to this norm"""
+    batch_size: int | None = None
+    """transitions a gradient step of critic and model of mu; None: as PAPER says"""
+    policy_batch_size: int | None = None
+    """states a gradient step of the policy; None: as PAPER says"""
+
+    eval_every: int | None = None
+    """gradient steps between evaluations; None: as PAPER says"""
+    eval_episodes: int = 10
+    """episodes an evaluation, all in lock-step"""
+    log_every: int = 1000
+    """gradient steps between two lines of metrics"""
+    save_every: int = 10_000
+    """gradient steps between checkpoints"""
+
+
+# The reference code's critic, temperature and rate; "*" holds where a name says nothing. Its loss has (log pi - log mu)
+# / (A ln 2), so its beta times A ln 2 is ours. Its budget, 1250 to 24 500 updates of 40 960 states and 999 steps, is
+# months of a GPU; ours is 10 000 updates of 1024 states and 16 steps, untried on D4RL's data.
+PAPER = {
+    "*": dict(
+        critic_lr=3e-4, critic_steps=1_000_000, behaviour_steps=500_000, behaviour_lr=1e-4, policy_steps=10_000,
+        policy_lr=1e-5, batch_size=4096, policy_batch_size=1024, expectile=0.7, beta=16.6, normalize_obs=False,
+        eval_every=500,
+    ),
+    "halfcheetah-medium-v2": dict(critic_steps=1_220_000, policy_lr=1e-4, beta=4.16),
+    "halfcheetah-medium-expert-v2": dict(critic_steps=976_000, policy_lr=1e-6, beta=16.6),
+    "halfcheetah-medium-replay-v2": dict(critic_steps=600_000, policy_lr=1e-4, beta=16.6),
+    "hopper-medium-v2": dict(critic_steps=1_220_000, policy_lr=3e-5, beta=41.6),
+    "hopper-medium-expert-v2": dict(critic_steps=2_440_000, policy_lr=1e-6, beta=8.32),
+    "hopper-medium-replay-v2": dict(critic_steps=495_000, policy_lr=3e-5, beta=16.6),
+    "walker2d-medium-v2": dict(critic_steps=1_220_000, policy_lr=1e-4, beta=4.16),
+    "walker2d-medium-expert-v2": dict(critic_steps=976_000, policy_lr=1e-6, beta=16.6),
+    "walker2d-medium-replay-v2": dict(critic_steps=370_000, policy_lr=2e-5, beta=33.3),
+    "antmaze-umaze-v0": dict(critic_lr=1e-4, policy_lr=2e-6, expectile=0.9, beta=5.55),
+    "antmaze-umaze-diverse-v0": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
+    "antmaze-medium-play-v0": dict(critic_lr=1e-4, policy_lr=1e-6, expectile=0.9, beta=5.55),
+    "antmaze-medium-diverse-v0": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
+    "antmaze-large-play-v0": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
+    "antmaze-large-diverse-v0": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
+    # Not from the paper: budgets of minutes, chosen by trying.
+    "halfcheetah-demo": dict(
+        critic_steps=15_000, behaviour_steps=10_000, behaviour_lr=1e-3, policy_steps=400, policy_lr=1e-4,
+        batch_size=256, policy_batch_size=64, beta=2.0, normalize_obs=True, eval_every=100,
+    ),
+    "bandit": dict(
+        critic_lr=1e-3, critic_steps=1_500, behaviour_steps=3_000, behaviour_lr=1e-3, policy_steps=500,
+        policy_lr=3e-4, batch_size=256, policy_batch_size=256, beta=2.0, eval_every=100,
+    ),
+    "own file": dict(
+        critic_steps=100_000, behaviour_steps=100_000, behaviour_lr=3e-4, policy_steps=1_000, policy_lr=1e-4,
+        batch_size=256, policy_batch_size=256, beta=4.0, normalize_obs=True, eval_every=100,
+    ),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 2. Networks
+
+
+class Normalize(nn.Module):
+    """(obs - mean) / std, buffers of the networks, so that a saved one takes raw observations: (B, O) -> (B, O)."""
+
+    def __init__(self, obs_dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("std", torch.ones(obs_dim))
+
+    def fit(self, obs: torch.Tensor) -> None:
+        self.mean.copy_(obs.mean(0))
+        self.std.copy_(obs.std(0).clamp(min=1e-3))
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return (obs - self.mean) / self.std
+
+
+def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
+    """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
+    layers = []
+    for size_in, size_out in zip(sizes, sizes[1:]):
+        linear = nn.Linear(size_in, size_out)
+        nn.init.orthogonal_(linear.weight, math.sqrt(2))
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.ReLU(), *([nn.Dropout(dropout)] if dropout else [])]
+    return nn.Sequential(*layers[: -2 if dropout else -1])
+
+
+class TwinQ(nn.Module):
+    """Two independent critics Q_1, Q_2: (B, O), (B, A) -> (2, B)."""
+
+    def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.normalize = normalize
+        self.nets = nn.ModuleList(mlp(obs_dim + action_dim, 256, 256, 1) for _ in range(2))
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.normalize(obs), action], -1)
+        return torch.stack([net(x).squeeze(-1) for net in self.nets])
+
+
+class Value(nn.Module):
+    """V: (B, O) -> (B,)."""
+
+    def __init__(self, normalize: Normalize, obs_dim: int):
+        super().__init__()
+        self.normalize, self.net = normalize, mlp(obs_dim, 256, 256, 1)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.net(self.normalize(obs)).squeeze(-1)
+
+
+class StateMLP(nn.Module):
+    """net(x_t, t, s), the state beside the noisy action: (B, A), (B,), (B, O) -> (B, A)."""
+
+    def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int, width: int = 256):
+        super().__init__()
+        self.normalize, self.action_dim = normalize, action_dim
+        self.register_buffer("frequencies", math.pi * torch.arange(1, 9))
+        sizes = [action_dim + 16 + obs_dim, width, width, width]
+        hidden = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.SiLU())]
+        self.net = nn.Sequential(*hidden, nn.Linear(width, action_dim))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+        angle = t[:, None] * self.frequencies  # (B, 8)
+        return self.net(torch.cat([x, angle.cos(), angle.sin(), self.normalize(obs)], -1))
+
+
+class PaperBlock(nn.Module):
+    """A residual block of PaperNet: (B, in), (B, 128) -> (B, out)."""
+
+    def __init__(self, size_in: int, size_out: int):
+        super().__init__()
+        self.first, self.second = nn.Linear(size_in, size_out), nn.Linear(size_out, size_out)
+        self.embedding = nn.Linear(128, size_out)
+        self.skip = nn.Linear(size_in, size_out) if size_in != size_out else nn.Identity()
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        h = F.silu(self.first(x)) + self.embedding(F.silu(embedding))
+        return F.silu(self.second(h)) + self.skip(x)
+
+
+class PaperNet(nn.Module):
+    """The reference's net(x_t, t, s), U-shaped, the state in the embedding only: (B, A), (B,), (B, O) -> (B, A)."""
+
+    def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.normalize, self.action_dim = normalize, action_dim
+        self.register_buffer("frequencies", 30 * 2 * math.pi * torch.randn(16))
+        self.condition = nn.Linear(obs_dim, 32)
+        self.embed = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 128))
+        self.down = nn.ModuleList([PaperBlock(action_dim, 512), PaperBlock(512, 256), PaperBlock(256, 128)])
+        self.middle = PaperBlock(128, 128)
+        self.up = nn.ModuleList([PaperBlock(256, 256), PaperBlock(512, 512)])
+        self.head = nn.Linear(1024, action_dim)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+        angle = t[:, None] * self.frequencies  # (B, 16)
+        embedding = self.embed(torch.cat([angle.sin(), angle.cos(), F.silu(self.condition(self.normalize(obs)))], -1))
+        skips = []
+        for block in self.down:
+            skips.append(x := block(x, embedding))
+        x = self.middle(x, embedding)
+        for block in self.up:
+            x = block(torch.cat([x, skips.pop()], -1), embedding)
+        return self.head(torch.cat([x, skips.pop()], -1))
+
+
+NETWORKS = {"mlp": StateMLP, "paper": PaperNet}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 3. The generative model: t = 0 is the action, t = 1 the noise
+
+PREDICTS = {"vp": "velocity", "gvp": "velocity", "icfm": "velocity"}
+
+
+def alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha_t and sigma_t of Eq. (4), of t's shape."""
+    if path == "vp":  # beta_t = 0.1 + 19.9 t and alpha_t = exp(-1/2 int_0^t beta)
+        alpha = torch.exp(-19.9 / 4 * t**2 - 0.1 / 2 * t)
+        return alpha, torch.sqrt(-torch.expm1(2 * alpha.log()))
+    if path == "gvp":
+        return torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
+    return 1 - t, t
+
+
+def d_alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Their derivatives by t; sigma'_t of vp is infinite at t = 0."""
+    alpha, sigma = alpha_sigma(t, path)
+    if path == "vp":
+        d_alpha = -0.5 * (0.1 + 19.9 * t) * alpha
+        return d_alpha, -alpha * d_alpha / sigma  # from alpha^2 + sigma^2 = 1
+    if path == "gvp":
+        return -math.pi / 2 * sigma, math.pi / 2 * alpha
+    return -torch.ones_like(t), torch.ones_like(t)
+
+
+def matching_loss(net: nn.Module, action: torch.Tensor, obs: torch.Tensor, args: Args) -> torch.Tensor:
+    """Eq. (5) of each sample, summed over action dimensions: (B, A), (B, O) -> (B,)."""
+    eps = torch.randn_like(action)
+    t = torch.rand(len(action), device=action.device).clamp(min=1e-5)  # sigma'_t of vp is infinite at 0
+    alpha, sigma = alpha_sigma(t[:, None], args.path)
+    x = alpha * action + sigma * eps  # Eq. (4)
+    d_alpha, d_sigma = d_alpha_sigma(t[:, None], args.path)
+    target = eps if PREDICTS[args.path] == "noise" else d_alpha * action + d_sigma * eps
+    if args.path == "icfm":
+        x = x + args.icfm_sigma * torch.randn_like(x)
+    return 0.5 * (net(x, t, obs) - target).square().sum(-1)  # Eq. (5)
+
+
+def velocity(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor, path: str) -> torch.Tensor:
+    """dx/dt of Eq. (6), towards the noise: (B, A), (), (B, O) -> (B, A)."""
+    out = net(x, t.expand(len(x)), obs)
+    if PREDICTS[path] == "velocity":
+        return out
+    t = t.clamp(min=1e-3)  # 1 / sigma_t is infinite at t = 0
+    alpha, sigma = alpha_sigma(t, path)
+    d_alpha, _ = d_alpha_sigma(t, path)
+    return d_alpha / alpha * (x - out / sigma)  # alpha' a + sigma' eps, with a = (x - sigma eps) / alpha
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4. The critic
+
+
+class Critic(nn.Module):
+    """Q, its slow copy Q', and V."""
+
+    def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.q, self.v = TwinQ(normalize, obs_dim, action_dim), Value(normalize, obs_dim)
+        self.target_q = copy.deepcopy(self.q, {id(normalize): normalize}).requires_grad_(False)  # one Normalize for all
+
+
+def f(u: torch.Tensor, args: Args) -> torch.Tensor:
+    """The asymmetric loss of Eq. (1), elementwise, at u = Q - V."""
+    if args.critic_loss == "exponential":  # exp(alpha u) - alpha u, its exponential continued linearly above linex_max
+        x = args.linex_alpha * u
+        knee = math.log(args.linex_max)
+        return torch.exp(x.clamp(max=knee)) + args.linex_max * (x - knee).clamp(min=0) - x
+    share = torch.where(u > 0, args.expectile, 1 - args.expectile)
+    return share * u.square() if args.critic_loss == "expectile" else share * u.abs()
+
+
+def v_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
+    """Eq. (1)."""
+    with torch.no_grad():
+        q = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
+    v = critic.v(batch.obs)
+    loss = f(q - v, args).mean()
+    return loss, {"critic/v_loss": loss.detach(), "critic/v": v.detach().mean()}
+
+
+def q_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
+    """Eq. (2), with V as Eq. (1) has just left it."""
+    with torch.no_grad():
+        target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
+    q = critic.q(batch.obs, batch.action)  # (2, B)
+    loss = (q - target).square().mean(-1).sum()
+    return loss, {"critic/q_loss": loss.detach(), "critic/q": q.detach().mean()}
+
+
+def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> None:
+    """Eq. (3), in place: target_rate is the share of the NEW weights."""
+    with torch.no_grad():
+        for old, new in zip(target.parameters(), online.parameters()):
+            old.lerp_(new, target_rate)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 5. The policy
+
+NODES = dict(
+    method="euler", power=2.0
+)  # of Eq. (12): t_k = (1 - k / n)^2, dense at t = 0, where narrow data fold coarse steps
+
+
+def drive(net: nn.Module, obs: torch.Tensor, args: Args) -> Callable:
+    """Eq. (6)'s right side for the samplers: (x, t) -> dx/dt."""
+    return lambda x, t: velocity(net, x, t, obs, args.path)
+
+
+def kl_terms(policy: nn.Module, behaviour: nn.Module, obs: torch.Tensor, args: Args) -> tuple[torch.Tensor, ...]:
+    """An action a, log pi(a|s) and log mu(a|s) by Eq. (13), and the error of the latter: (B, A) and three of (B,)."""
+    x = torch.randn(len(obs), policy.action_dim, device=obs.device)
+    exact = args.divergence == "exact" or (args.divergence == "auto" and policy.action_dim <= 24)
+    nodes = dict(NODES, steps=args.sampler_steps, probe=None if exact else samplers.rademacher_like(x))
+    action, log_pi = samplers.ode_with_log_density(drive(policy, obs, args), x, **nodes)
+    log_mu, error = samplers.log_density(drive(behaviour, obs, args), action, **nodes)
+    return action, log_pi, log_mu, error
+
+
+def policy_loss(models: dict, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
+    """Eq. (14), by the gradient that `--gradient` names; the metrics hold KL(pi || mu) where it is known."""
+    policy, behaviour, critic = models["policy"], models["behaviour"], models["critic"]
+    if args.gradient == "matching":
+        action = act(models, batch.obs, args)
+        q = critic.q(batch.obs, action).amin(0)
+        loss = (matching_loss(policy, batch.action, batch.obs, args) - args.beta * q).mean()
+        return loss, {"policy/loss": loss.detach(), "policy/q": q.detach().mean()}
+    action, log_pi, log_mu, error = kl_terms(policy, behaviour, batch.obs, args)
+    q = critic.q(batch.obs, action.clamp(-1, 1)).amin(0)
+    each = -args.beta * q + log_pi - log_mu  # (B,)
+    metrics = {
+        "policy/q": q.detach().mean(),
+        "policy/kl": (log_pi - log_mu).detach().mean(),
+        "policy/undone": error.amax(),
+    }
+    if args.gradient == "reinforce":  # the same gradient in expectation, by E[(f(a) - b(s)) grad log pi(a|s)]
+        baseline = -args.beta * critic.v(batch.obs)
+        log_pi, _ = samplers.log_density(drive(policy, batch.obs, args), action.detach(), args.sampler_steps, **NODES)
+        each = (each - baseline).detach() * log_pi
+    loss = each.mean()
+    return loss, {"policy/loss": loss.detach(), **metrics}
+
+
+def act(models: dict, obs: torch.Tensor, args: Args, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Eq. (12): (B, O) -> (B, A) in [-1, 1]."""
+    policy = models["policy"]
+    x = torch.randn(len(obs), policy.action_dim, device=obs.device, generator=generator)
+    return samplers.ode(drive(policy, obs, args), x, args.sampler_steps, **NODES).clamp(-1, 1)
+
+
+def load_policy(path: str | Path, device: str = "cpu") -> Callable:
+    """A run's policy (its folder or checkpoint.pt) as act(obs): numpy or torch, (B, O) or (O,) -> actions in kind."""
+    checkpoint = runs.load_checkpoint(path)
+    args = Args(**checkpoint["args"])
+    models = build(*checkpoint["sizes"], args)
+    for name, model in models.items():
+        model.to(device).load_state_dict(checkpoint[name])
+    return runs.numpy_or_torch(lambda obs: act(models, obs, args), device)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 6. Evaluation
+
+
+@torch.no_grad()
+def evaluate(models: dict, data: datasets.Dataset, run: runs.Run, args: Args, step: int) -> dict:
+    """Score of args.eval_episodes episodes in lock-step, one batched policy call a step; a random stream of its own."""
+    seed = int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0])
+    generator = torch.Generator(args.device).manual_seed(seed)
+    if args.env == "bandit":
+        return evaluate_bandit(models, data, run, args, step, generator)
+    if args.eval_env is None:
+        return {}
+    envs = gymnasium.vector.SyncVectorEnv([partial(environments.make, args.eval_env)] * args.eval_episodes)
+    obs, _ = envs.reset(seed=seed)
+    total, over = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, bool)
+    while not over.all():
+        action = act(models, torch.as_tensor(obs, dtype=torch.float32, device=args.device), args, generator)
+        obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
+        total += reward * ~over  # a finished environment starts again; those rewards do not count
+        over |= terminated | truncated
+    envs.close()
+    metrics = {"eval/return": total.mean(), "eval/return_std": total.std()}
+    score = environments.normalized_score(total, args.eval_env)
+    return metrics if score is None else metrics | {"eval/score": score.mean(), "eval/score_std": score.std()}
+
+
+def evaluate_bandit(
+    models: dict, data: datasets.Dataset, run: runs.Run, args: Args, step: int, generator: torch.Generator
+) -> dict:
+    """Samples against the closed form mu exp(beta Q) / Z."""
+    action = act(models, data.obs[:4096], args, generator)
+    return bandit.report(action, torch.softmax(args.beta * bandit.REWARDS, -1), run, step)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 7. Training
+
+
+def build(obs_dim: int, action_dim: int, args: Args) -> dict[str, nn.Module]:
+    """The networks of a run, untrained."""
+    normalize, net = Normalize(obs_dim), NETWORKS[args.network]
+    models = {"critic": Critic(normalize, obs_dim, action_dim)}
+    return models | {name: net(normalize, obs_dim, action_dim) for name in ("behaviour", "policy")}
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """One gradient step."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def critic_step(critic: Critic, optimizers: dict, batch: datasets.Batch, args: Args) -> dict:
+    """Eqs. (1), (2), (3), in this order."""
+    loss, v_metrics = v_loss(critic, batch, args)
+    descend(optimizers["v_optimizer"], loss)
+    loss, q_metrics = q_loss(critic, batch, args)
+    descend(optimizers["q_optimizer"], loss)
+    update_target(critic.target_q, critic.q, args.target_rate)
+    return v_metrics | q_metrics
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, progress: float, decay: bool) -> None:
+    """`lr`, or with `decay` its cosine from 1 to 0 as `progress` goes from 0 to 1."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * (0.5 * (1 + math.cos(math.pi * progress)) if decay else 1)
+
+
+def train(args: Args) -> dict:
+    """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
+    args = runs.fill_in(args, PAPER)
+    run = runs.Run(args, "gmpg")
+    torch.manual_seed(args.seed)
+    data = datasets.load(args.env, args.device, args.eval_env, args.allow_unverified)
+    models = build(data.obs_dim, data.action_dim, args)
+    runs.prepare(models, data, args)
+    critic, policy, behaviour = models["critic"], models["policy"], models["behaviour"]
+    optimizers = {
+        "v_optimizer": torch.optim.Adam(critic.v.parameters(), args.critic_lr, fused=True),
+        "q_optimizer": torch.optim.Adam(critic.q.parameters(), args.critic_lr, fused=True),
+        "behaviour_optimizer": torch.optim.Adam(behaviour.parameters(), args.behaviour_lr, fused=True),
+        "policy_optimizer": torch.optim.Adam(policy.parameters(), args.policy_lr, fused=True),
+    }
+    start = run.restore(models | optimizers)
+    if args.eval_only:
+        return run.show(evaluate(models, data, run, args, start))
+
+    behaviour_start = args.critic_steps  # the phases: critic, behaviour, policy
+    policy_start = behaviour_start + args.behaviour_steps
+    total = policy_start + args.policy_steps
+    for step in run.steps(start, total):
+        in_policy = step > policy_start
+        size = args.policy_batch_size if in_policy else args.batch_size
+        batch = data[torch.randint(len(data), (size,), device=args.device)]
+        if step <= behaviour_start:
+            metrics = critic_step(critic, optimizers, batch, args)
+        elif not in_policy:
+            progress = (step - behaviour_start) / args.behaviour_steps
+            set_lr(optimizers["behaviour_optimizer"], args.behaviour_lr, progress, decay=True)
+            loss = matching_loss(behaviour, batch.action, batch.obs, args).mean()
+            descend(optimizers["behaviour_optimizer"], loss)
+            metrics = {"behaviour/loss": loss.detach()}
+        else:
+            if step == policy_start + 1:
+                policy.load_state_dict(behaviour.state_dict())  # the warm start
+            (
+                critic.requires_grad_(False),
+                behaviour.requires_grad_(False),
+            )  # the gradient passes through them to the action only
+            set_lr(
+                optimizers["policy_optimizer"], args.policy_lr, (step - policy_start) / args.policy_steps, args.lr_decay
+            )
+            loss, metrics = policy_loss(models, batch, args)
+            optimizers["policy_optimizer"].zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_norm)
+            optimizers["policy_optimizer"].step()
+            if step % args.eval_every == 0 or step == total:
+                metrics |= evaluate(models, data, run, args, step)
+        run.record(step, metrics, models | optimizers, sizes=(data.obs_dim, data.action_dim))
+    return run.finish()
+
+
+if __name__ == "__main__":
+    runs.main(train, Args)
