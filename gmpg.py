@@ -21,8 +21,8 @@ gradient of E[Q(s, a)] - KL(pi || mu) / beta, through every step of the sampler 
     (5)  l(s, a) = 1/2 |net(x_t, t, s) - target|^2           target: velocity alpha'_t a + sigma'_t eps, or noise eps
     (6)  dx/dt = velocity(x, t, s), from t = 1 to t = 0      noise becomes an action
   policy, started as a copy of the model of mu
-    (12) a = x_0,  x_s = x_t - (t - s) velocity(x_t, t, s)   Euler's steps of Eq. (6), on nodes 1 = t_0 > ... > t_n = 0
-    (13) log pi(a|s) = log N(x_1; 0, I) - sum_k log |det dx_{k+1} / dx_k|    exact for these steps; log mu(a|s) likewise
+    (12) x_{k+1} = x_k - (t_k - t_{k+1}) velocity(x_k, t_k, s)    Euler's steps of Eq. (6) from t_0 = 1 to t_n = 0, a = x_n
+    (13) log pi(a|s) = log N(x_0; 0, I) - sum_k log |det dx_{k+1} / dx_k|    exact for these steps; log mu(a|s) likewise
     (14) L = E[ -beta min_i Q_i(s, a) + log pi(a|s) - log mu(a|s) ]          GMPG
 
 The densities are those of the very steps that sample, not of the continuous flow: a policy finds and exploits any gap
@@ -194,6 +194,7 @@ class Normalize(nn.Module):
 
 def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
     """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
+    # differs from GMPO's and IDQL's code: they have torch's default and Xavier-uniform; one critic serves all files
     layers = []
     for size_in, size_out in zip(sizes, sizes[1:]):
         linear = nn.Linear(size_in, size_out)
@@ -229,6 +230,8 @@ class Value(nn.Module):
 
 class StateMLP(nn.Module):
     """net(x_t, t, s), the state beside the noisy action: (B, A), (B,), (B, O) -> (B, A)."""
+
+    # differs from the paper: its net (`--network paper`) is 20 times as large and sees the state through 32 numbers
 
     def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int, width: int = 256):
         super().__init__()
@@ -289,6 +292,7 @@ NETWORKS = {"mlp": StateMLP, "paper": PaperNet}
 # ------------------------------------------------------------------------------------------------------------------
 # 3. The generative model: t = 0 is the action, t = 1 the noise
 
+# differs from GMPO: velocity on the vp path too, as in the paper's GMPG, so that no 1 / sigma enters a density
 PREDICTS = {"vp": "velocity", "gvp": "velocity", "icfm": "velocity"}
 
 
@@ -306,6 +310,7 @@ def d_alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tenso
     """Their derivatives by t; sigma'_t of vp is infinite at t = 0."""
     alpha, sigma = alpha_sigma(t, path)
     if path == "vp":
+        # differs from the reference code: there alpha' lacks beta_0 = 0.1, and velocities denoise too little near 0
         d_alpha = -0.5 * (0.1 + 19.9 * t) * alpha
         return d_alpha, -alpha * d_alpha / sigma  # from alpha^2 + sigma^2 = 1
     if path == "gvp":
@@ -322,6 +327,7 @@ def matching_loss(net: nn.Module, action: torch.Tensor, obs: torch.Tensor, args:
     d_alpha, d_sigma = d_alpha_sigma(t[:, None], args.path)
     target = eps if PREDICTS[args.path] == "noise" else d_alpha * action + d_sigma * eps
     if args.path == "icfm":
+        # differs from the reference code: no such noise by default; its 0.1 adds that standard deviation to the actions
         x = x + args.icfm_sigma * torch.randn_like(x)
     return 0.5 * (net(x, t, obs) - target).square().sum(-1)  # Eq. (5)
 
@@ -372,6 +378,7 @@ def v_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Ten
 def q_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
     """Eq. (2), with V as Eq. (1) has just left it."""
     with torch.no_grad():
+        # differs from GMPO's code: V as it is after its own step, as in IQL and IDQL; theirs is the V before it
         target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
     q = critic.q(batch.obs, batch.action)  # (2, B)
     loss = (q - target).square().mean(-1).sum()
@@ -400,6 +407,9 @@ def drive(net: nn.Module, obs: torch.Tensor, args: Args) -> Callable:
 
 def kl_terms(policy: nn.Module, behaviour: nn.Module, obs: torch.Tensor, args: Args) -> tuple[torch.Tensor, ...]:
     """An action a, log pi(a|s) and log mu(a|s) by Eq. (13), and the error of the latter: (B, A) and three of (B,)."""
+    # differs from the reference code: there the likelihood detaches its state, so that the KL has a wrong gradient
+    # differs from the reference code: three solves of 999 steps, each with an error of discretisation, are two of 16
+    # without; and a Hutchinson probe is drawn once a solve, where theirs is another in the backward pass
     x = torch.randn(len(obs), policy.action_dim, device=obs.device)
     exact = args.divergence == "exact" or (args.divergence == "auto" and policy.action_dim <= 24)
     nodes = dict(NODES, steps=args.sampler_steps, probe=None if exact else samplers.rademacher_like(x))
@@ -412,6 +422,7 @@ def policy_loss(models: dict, batch: datasets.Batch, args: Args) -> tuple[torch.
     """Eq. (14), by the gradient that `--gradient` names; the metrics hold KL(pi || mu) where it is known."""
     policy, behaviour, critic = models["policy"], models["behaviour"], models["critic"]
     if args.gradient == "matching":
+        # differs from the reference code: there the matching loss is the behaviour model's, and moves nothing
         action = act(models, batch.obs, args)
         q = critic.q(batch.obs, action).amin(0)
         loss = (matching_loss(policy, batch.action, batch.obs, args) - args.beta * q).mean()
@@ -565,6 +576,7 @@ def train(args: Args) -> dict:
             loss, metrics = policy_loss(models, batch, args)
             optimizers["policy_optimizer"].zero_grad()
             loss.backward()
+            # differs from the reference code: no clipping there; one sample near a fold of the sampler can ruin a run
             torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_norm)
             optimizers["policy_optimizer"].step()
             if step % args.eval_every == 0 or step == total:

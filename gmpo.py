@@ -192,6 +192,7 @@ class Normalize(nn.Module):
 
 def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
     """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
+    # differs from GMPO's and IDQL's code: they have torch's default and Xavier-uniform; one critic serves all files
     layers = []
     for size_in, size_out in zip(sizes, sizes[1:]):
         linear = nn.Linear(size_in, size_out)
@@ -227,6 +228,8 @@ class Value(nn.Module):
 
 class StateMLP(nn.Module):
     """net(x_t, t, s), the state beside the noisy action: (B, A), (B,), (B, O) -> (B, A)."""
+
+    # differs from the paper: its net (`--network paper`) is 20 times as large and sees the state through 32 numbers
 
     def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int, width: int = 256):
         super().__init__()
@@ -304,6 +307,7 @@ def d_alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tenso
     """Their derivatives by t; sigma'_t of vp is infinite at t = 0."""
     alpha, sigma = alpha_sigma(t, path)
     if path == "vp":
+        # differs from the reference code: there alpha' lacks beta_0 = 0.1, and velocities denoise too little near 0
         d_alpha = -0.5 * (0.1 + 19.9 * t) * alpha
         return d_alpha, -alpha * d_alpha / sigma  # from alpha^2 + sigma^2 = 1
     if path == "gvp":
@@ -320,6 +324,7 @@ def matching_loss(net: nn.Module, action: torch.Tensor, obs: torch.Tensor, args:
     d_alpha, d_sigma = d_alpha_sigma(t[:, None], args.path)
     target = eps if PREDICTS[args.path] == "noise" else d_alpha * action + d_sigma * eps
     if args.path == "icfm":
+        # differs from the reference code: no such noise by default; its 0.1 adds that standard deviation to the actions
         x = x + args.icfm_sigma * torch.randn_like(x)
     return 0.5 * (net(x, t, obs) - target).square().sum(-1)  # Eq. (5)
 
@@ -348,6 +353,7 @@ def noise_prediction(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torc
 
 def sample(net: nn.Module, obs: torch.Tensor, args: Args, generator: torch.Generator | None = None) -> torch.Tensor:
     """Eq. (6): noise to actions, (B, O) -> (B, A), not clipped."""
+    # differs from the paper: DDIM with 16 steps for Euler with 31; on the straight path the two are the same
     x = torch.randn(len(obs), net.action_dim, device=obs.device, generator=generator)
     if args.solver in ("euler", "midpoint", "rk4"):
         return samplers.ode(lambda x, t: velocity(net, x, t, obs, args.path), x, args.sampler_steps, args.solver)
@@ -392,6 +398,7 @@ def v_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Ten
 def q_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
     """Eq. (2), with V as Eq. (1) has just left it."""
     with torch.no_grad():
+        # differs from GMPO's code: V as it is after its own step, as in IQL and IDQL; theirs is the V before it
         target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
     q = critic.q(batch.obs, batch.action)  # (2, B)
     loss = (q - target).square().mean(-1).sum()
@@ -431,6 +438,7 @@ def candidates(
     critic: Critic, behaviour: nn.Module, obs: torch.Tensor, args: Args, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The K sampled actions of each state in Eq. (9) and their weights: (B, O) -> (B, K, A), (B, K)."""
+    # differs from the reference code: there the samples of different states are mixed up, and Eq. (9) crashes
     repeated = obs.repeat_interleave(args.candidates, 0)  # (B K, O), the K rows of a state side by side
     action = sample(behaviour, repeated, args, generator).clamp(-1, 1)
     q = critic.q(repeated, action).amin(0).view(-1, args.candidates)

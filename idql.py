@@ -18,11 +18,11 @@ down when it acts: sample N actions of a model of mu, then choose among them by 
     (2)  L_Q = E_D[ sum_i (r + gamma (1 - d) V(s') - Q_i(s, a))^2 ]
     (3)  Q' <- (1 - target_rate) Q' + target_rate Q          the target critic follows slowly
   generative model of the behaviour, in T steps of discrete time; t = -1 is the action, t = T - 1 almost noise
-    (15) x_t = sqrt(ab_t) a + sqrt(1 - ab_t) eps,  ab_t = prod_{i <= t} (1 - beta_i)
+    (15) x_t = sqrt(ab_t) a + sqrt(1 - ab_t) eps, ab_t = prod_{i <= t} (1 - beta_i)
     (16) L = E_D[ |net(x_t, t, s) - eps|^2 ]                 t uniform; summed over action dimensions
     (17) x_{t-1} = (x_t - beta_t / sqrt(1 - ab_t) net(x_t, t, s)) / sqrt(1 - beta_t) + sqrt(beta_t) z, then clipped
   policy: a_1 .. a_N ~ mu(.|s), then one of them
-    (11) pi(a|s) = mu(a|s) w(s, a) / Z(s),  w = |f'(Q - V)| / |Q - V|
+    (11) pi(a|s) = mu(a|s) w(s, a) / Z(s), w = |f'(Q - V)| / |Q - V|
     (18) the one with the largest min_i Q'_i(s, a)           what the paper reports
 
 B is the batch, O the size of an observation, A of an action, N the candidates. Equations have the same number in every
@@ -182,6 +182,7 @@ class Normalize(nn.Module):
 
 def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
     """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
+    # differs from GMPO's and IDQL's code: they have torch's default and Xavier-uniform; one critic serves all files
     layers = []
     for size_in, size_out in zip(sizes, sizes[1:]):
         linear = nn.Linear(size_in, size_out)
@@ -327,6 +328,7 @@ def v_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Ten
 def q_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
     """Eq. (2), with V as Eq. (1) has just left it."""
     with torch.no_grad():
+        # differs from GMPO's code: V as it is after its own step, as in IQL and IDQL; theirs is the V before it
         target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
     q = critic.q(batch.obs, batch.action)  # (2, B)
     loss = (q - target).square().mean(-1).sum()
@@ -345,6 +347,7 @@ def implicit_weights(u: torch.Tensor, args: Args, floor: float = 1e-3) -> torch.
     share = torch.where(u > 0, args.expectile, 1 - args.expectile)
     if args.critic_loss == "expectile":
         return share
+    # differs from the authors' code: its quantile weight is negative where Q < V, its exponential weight a constant
     if args.critic_loss == "quantile":
         return share / u.abs().clamp(min=floor)  # singular at u = 0
     x = args.linex_alpha * u
@@ -421,7 +424,7 @@ def evaluate(models: dict, data: datasets.Dataset, run: runs.Run, args: Args, st
 def evaluate_bandit(
     models: dict, data: datasets.Dataset, run: runs.Run, args: Args, step: int, generator: torch.Generator
 ) -> dict:
-    """Samples against the closed form of each extraction; for argmax, the best of N draws among equally frequent modes."""
+    """Samples against the closed form of the extraction; argmax: the best of N draws of equally frequent modes."""
     values = torch.linspace(0, 1, 100_001)
     optimal_v = values[f(bandit.REWARDS[:, None] - values, args).mean(0).argmin()]  # Eq. (1) at its minimum
     rank = bandit.REWARDS.argsort().argsort()
@@ -495,6 +498,8 @@ def train(args: Args) -> dict:
         in_policy = step > args.critic_steps
         size = args.policy_batch_size if in_policy else args.batch_size
         batch = data[torch.randint(len(data), (size,), device=args.device)]
+        # differs from the authors' code: of its two actor steps beside each critic step, one had an empty batch
+        # differs from the authors' code: all of the data is trained on, not a random 95 %
         if not in_policy:
             metrics = critic_step(critic, optimizers, batch, args)
         else:

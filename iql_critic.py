@@ -20,10 +20,10 @@ order:
     (2)  L_Q = E_D[ sum_i (r + gamma (1 - d) V(s') - Q_i(s, a))^2 ]
     (3)  Q' <- (1 - target_rate) Q' + target_rate Q          the target critic follows slowly
   policy
-    (7)  w(s, a) = min(exp(beta (min_i Q'_i(s, a) - V(s))), weight_max)
+    (7)  w(s, a) = min(exp(beta (min_i Q_i(s, a) - V(s))), weight_max)       IQL takes Q' for Q here
     (10) L = -E_D[ w(s, a) log N(a; tanh(m(s)), std) ]       IQL's actor: advantage-weighted regression of a Gaussian
   and the policy whose value V is, never written down by the critic (IDQL)
-    (11) pi(a|s) = mu(a|s) w(s, a) / Z(s),  w = |f'(Q - V)| / |Q - V|
+    (11) pi(a|s) = mu(a|s) w(s, a) / Z(s), w = |f'(Q - V)| / |Q - V|
 
 B is the batch, O the size of an observation, A of an action. Equations have the same number in every file. A Gaussian
 is the yardstick: on `--env bandit` it fails, and the picture shows why. Read gmpo.py next: `diff iql_critic.py
@@ -155,6 +155,7 @@ class Normalize(nn.Module):
 
 def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
     """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
+    # differs from GMPO's and IDQL's code: they have torch's default and Xavier-uniform; one critic serves all files
     layers = []
     for size_in, size_out in zip(sizes, sizes[1:]):
         linear = nn.Linear(size_in, size_out)
@@ -238,6 +239,7 @@ def v_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Ten
 def q_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
     """Eq. (2), with V as Eq. (1) has just left it."""
     with torch.no_grad():
+        # differs from GMPO's code: V as it is after its own step, as in IQL and IDQL; theirs is the V before it
         target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
     q = critic.q(batch.obs, batch.action)  # (2, B)
     loss = (q - target).square().mean(-1).sum()
@@ -263,6 +265,7 @@ def implicit_weights(u: torch.Tensor, args: Args, floor: float = 1e-3) -> torch.
     share = torch.where(u > 0, args.expectile, 1 - args.expectile)
     if args.critic_loss == "expectile":
         return share
+    # differs from the authors' code: its quantile weight is negative where Q < V, its exponential weight a constant
     if args.critic_loss == "quantile":
         return share / u.abs().clamp(min=floor)  # singular at u = 0
     x = args.linex_alpha * u

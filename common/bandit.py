@@ -63,8 +63,8 @@ def picture(panels: dict[str, torch.Tensor], target: torch.Tensor) -> Figure:
     for k, (name, action) in enumerate(panels.items()):
         axes[k].scatter(*action.cpu().T, s=1, alpha=0.3, c=f"C{k}")
         axes[k].set(title=name, xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal")
-        axes[-1].bar(np.arange(8) + k * width, frequencies(action), width, label=name)
-    axes[-1].bar(np.arange(8) + len(panels) * width, target, width, label="closed form", color="black")
+        axes[-1].bar(np.arange(8) + k * width, frequencies(action).numpy(), width, label=name)
+    axes[-1].bar(np.arange(8) + len(panels) * width, target.numpy(), width, label="closed form", color="black")
     axes[-1].set(
         title="share of each mode",
         xticks=np.arange(8) + 0.4,

@@ -1,0 +1,67 @@
+"""The parts of README that are made from the sources: equation -> lines, and the list of differences.
+
+    python tests/readme.py      write them into README.md
+"""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FILES = ["iql_critic.py", "gmpo.py", "gmpg.py", "idql.py"]
+
+
+def equation_lines(name: str) -> dict[int, list[int]]:
+    """Equation number -> the lines that are tagged with it, from section 2 on."""
+    text = (ROOT / name).read_text()
+    start, found = text[: text.index("# 2. Networks")].count("\n") + 1, {}
+    for number, line in enumerate(text.splitlines(), 1):
+        for tag in re.findall(r"Eqs?\. ((?:\(\d+\)(?:, | and )?)+)", line) if number >= start else []:
+            for equation in re.findall(r"\d+", tag):
+                found.setdefault(int(equation), []).append(number)
+    return found
+
+
+def formulas() -> dict[int, str]:
+    """Equation number -> its formula, as the first file that states it has it."""
+    found = {}
+    for name in FILES:
+        for number, formula in re.findall(r"^    \((\d+)\) +(\S.*?)(?: {2,}.*)?$", (ROOT / name).read_text(), re.M):
+            found.setdefault(int(number), formula)
+    return found
+
+
+def equation_table() -> str:
+    lines = {name: equation_lines(name) for name in FILES}
+    rows = ["| | equation | " + " | ".join(f"`{name}`" for name in FILES) + " |", "| --- " * (len(FILES) + 2) + "|"]
+    for number, formula in sorted(formulas().items()):
+        shown = formula.replace("|", "\\|")
+        cells = [", ".join(f"[{k}]({name}#L{k})" for k in lines[name].get(number, [])) for name in FILES]
+        rows.append(f"| ({number}) | `{shown}` | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def differences() -> str:
+    """A bullet for each `# differs from ...` comment, with the files that have it."""
+    found = {}
+    for name in FILES:
+        lines = (ROOT / name).read_text().splitlines()
+        for k, line in enumerate(lines):
+            if (text := line.strip()).startswith("# differs from "):
+                while lines[k + 1].strip().startswith("# ") and not lines[k + 1].strip().startswith("# differs"):
+                    k += 1
+                    text += " " + lines[k].strip()[2:]
+                found.setdefault(text[2].upper() + text[3:], []).append(f"`{name}`")
+    return "\n".join(f"* {text}. ({', '.join(names)})" for text, names in found.items())
+
+
+def current() -> str:
+    """README.md with these parts made anew."""
+    text = (ROOT / "README.md").read_text()
+    for name, content in (("equations", equation_table()), ("differences", differences())):
+        pattern = rf"(<!-- {name}: made by tests/readme.py -->\n).*?(\n<!-- end -->)"
+        text = re.sub(pattern, lambda match, content=content: match[1] + content + match[2], text, flags=re.S)
+    return text
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(current())

@@ -1,0 +1,359 @@
+"""GMPO against closed forms: the paths, the matching loss, the sampled Gaussian, Eqs. (8) and (9) written by hand."""
+
+import dataclasses
+import importlib
+import math
+
+import pytest
+import sync
+import torch
+from torch import nn
+
+import gmpo
+from common import datasets
+
+torch.set_num_threads(1)
+PATHS = ["vp", "gvp", "icfm"]
+SOLVERS = ["ddim", "dpmpp", "euler", "midpoint", "rk4", "sde"]
+MEAN = torch.tensor([0.4, -0.2])
+COV = torch.tensor([[0.30, 0.12], [0.12, 0.20]])
+each_path = pytest.mark.parametrize("path", PATHS)
+
+
+@pytest.fixture(params=[name for name in sync.files() if "alpha_sigma" in sync.definitions(name)])
+def algorithm(request):
+    return importlib.import_module(request.param.removesuffix(".py"))
+
+
+def args_of(**changes):
+    return gmpo.Args(**dict(device="cpu", expectile=0.7, beta=2.0, weight_max=100.0) | changes)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Net(nn.Module):
+    """A function of (x, t, obs) in the place of a network."""
+
+    def __init__(self, function, action_dim=2):
+        super().__init__()
+        self.function, self.action_dim, self.scale = function, action_dim, nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t, obs):
+        return self.scale * self.function(x, t, obs)
+
+
+def hand_path(t, path):
+    """alpha, sigma and their derivatives, in float64, written by hand."""
+    t = t.double()
+    if path == "vp":
+        alpha = torch.exp(-0.5 * (0.1 * t + 19.9 * t**2 / 2))
+        sigma = (1 - alpha**2).sqrt()
+        rate = (0.1 + 19.9 * t) / 2
+        return alpha, sigma, -rate * alpha, rate * alpha**2 / sigma
+    if path == "gvp":
+        c, s = torch.cos(math.pi * t / 2), torch.sin(math.pi * t / 2)
+        return c, s, -math.pi / 2 * s, math.pi / 2 * c
+    return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+
+
+def exact_prediction(x, t, path, predicts):
+    """E[target | x_t = x] for actions from N(MEAN, COV): Gaussian conditioning, (B, 2), (B,) -> (B, 2)."""
+    alpha, sigma, d_alpha, d_sigma = (c[:, None] for c in hand_path(t.clamp(min=1e-4), path))
+    (variances, axes), mean = torch.linalg.eigh(COV.double()), MEAN.double()
+    centred = (x.double() - alpha * mean) @ axes
+    solved = centred / (alpha**2 * variances + sigma**2)  # the inverse of x_t's covariance times centred, by its axes
+    action, eps = mean + (alpha * variances * solved) @ axes.T, sigma * solved @ axes.T
+    return (eps if predicts == "noise" else d_alpha * action + d_sigma * eps).to(x.dtype)
+
+
+def exact_net(path):
+    return Net(lambda x, t, obs: exact_prediction(x, t, path, gmpo.PREDICTS[path]))
+
+
+# The paths
+
+
+@each_path
+def test_derivatives_of_the_path_are_autograd_and_differences(algorithm, path):
+    t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64).requires_grad_()
+    h = 1e-6
+    ahead, behind = (algorithm.alpha_sigma(t.detach() + s * h, path) for s in (1, -1))
+    for k, derivative in enumerate(algorithm.d_alpha_sigma(t, path)):
+        exact = torch.autograd.grad(algorithm.alpha_sigma(t, path)[k].sum(), t)[0]
+        torch.testing.assert_close(derivative, exact, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(derivative.detach(), (ahead[k] - behind[k]) / (2 * h), rtol=1e-7, atol=1e-7)
+
+
+@each_path
+def test_the_path_is_the_hand_written_one(algorithm, path):
+    t = torch.linspace(0.01, 1, 100, dtype=torch.float64)
+    functions = (*algorithm.alpha_sigma(t, path), *algorithm.d_alpha_sigma(t, path))
+    for function, expected in zip(functions, hand_path(t, path)):
+        torch.testing.assert_close(function, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_vp_decays_at_half_of_beta_with_its_constant_term(algorithm):
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)[1:]
+    rate = algorithm.d_alpha_sigma(t, "vp")[0] / algorithm.alpha_sigma(t, "vp")[0]
+    torch.testing.assert_close(rate, -(0.1 + 19.9 * t) / 2)
+
+
+@pytest.mark.parametrize("path", ["vp", "gvp"])
+def test_variance_is_preserved(algorithm, path):
+    alpha, sigma = algorithm.alpha_sigma(torch.linspace(0, 1, 50, dtype=torch.float64), path)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(50, dtype=torch.float64))
+
+
+@each_path
+def test_the_path_begins_at_the_action_and_ends_at_the_noise(algorithm, path):
+    alpha, sigma = algorithm.alpha_sigma(torch.tensor([0.0, 1.0], dtype=torch.float64), path)
+    left = math.exp(-5.025) if path == "vp" else 0.0
+    torch.testing.assert_close(alpha, torch.tensor([1.0, left]).double(), atol=1e-9, rtol=1e-6)
+    torch.testing.assert_close(sigma, torch.tensor([0.0, math.sqrt(1 - left**2)]).double(), atol=1e-9, rtol=1e-6)
+
+
+def test_sigma_of_vp_is_accurate_near_0_in_float32(algorithm):
+    t = torch.logspace(-6, 0, 200)
+    sigma, exact = algorithm.alpha_sigma(t, "vp")[1], torch.sqrt(-torch.expm1(-(0.1 * t + 9.95 * t**2).double()))
+    torch.testing.assert_close(sigma.double(), exact, rtol=1e-5, atol=0)
+
+
+# The matching loss
+
+
+@each_path
+def test_matching_loss_is_half_the_sum_over_dimensions_by_hand(algorithm, path):
+    net = Net(lambda x, t, obs: x * t[:, None] + obs.sum(-1, keepdim=True))
+    action, obs = torch.randn(7, 2, generator=seeded()), torch.randn(7, 3, generator=seeded(1))
+    args = algorithm.Args(path=path)
+    torch.manual_seed(5)
+    loss = algorithm.matching_loss(net, action, obs, args)
+    torch.manual_seed(5)
+    eps, t = torch.randn(7, 2), torch.rand(7)
+    alpha, sigma, d_alpha, d_sigma = (c[:, None].float() for c in hand_path(t, path))
+    target = eps if algorithm.PREDICTS[path] == "noise" else d_alpha * action + d_sigma * eps
+    out = (alpha * action + sigma * eps) * t[:, None] + obs.sum(-1, keepdim=True)
+    torch.testing.assert_close(loss, ((out - target) ** 2)[:, 0] / 2 + ((out - target) ** 2)[:, 1] / 2)
+    loss.mean().backward()
+    assert net.scale.grad != 0
+
+
+def test_icfm_sigma_is_extra_noise_in_x_and_not_in_the_target(algorithm):
+    seen = []
+    net = Net(lambda x, t, obs: seen.append((x, t)) or torch.zeros_like(x))
+    action, obs = torch.full((20_000, 2), 0.5), torch.zeros(20_000, 1)
+    losses = []
+    for sigma in (0.0, 0.1):
+        torch.manual_seed(0)
+        losses.append(algorithm.matching_loss(net, action, obs, algorithm.Args(path="icfm", icfm_sigma=sigma)))
+    assert torch.equal(*losses)
+    extra = seen[1][0] - seen[0][0]
+    assert extra.std().item() == pytest.approx(0.1, rel=0.02) and abs(extra.mean().item()) < 2e-3
+    assert torch.equal(seen[0][1], seen[1][1])
+
+
+@each_path
+def test_matching_loss_is_smallest_at_the_conditional_expectation(algorithm, path):
+    action = MEAN + torch.randn(100_000, 2, generator=seeded()) @ torch.linalg.cholesky(COV).T
+    obs, args, predicts = torch.zeros(100_000, 1), algorithm.Args(path=path), algorithm.PREDICTS[path]
+
+    def loss(scale, shift):
+        net = Net(lambda x, t, obs: scale * exact_prediction(x, t, path, predicts) + shift * x)
+        torch.manual_seed(1)
+        each = algorithm.matching_loss(net, action, obs, args)
+        return each.clamp(max=each.quantile(0.9999)).mean().item()
+
+    best = loss(1.0, 0.0)
+    assert best < min(loss(0.9, 0.0), loss(1.1, 0.0), loss(1.0, 0.1), loss(1.0, -0.1))
+
+
+# From the network to the sample
+
+
+@each_path
+def test_velocity_and_noise_are_read_from_the_same_prediction(path):
+    x, t, obs = torch.randn(6, 2, generator=seeded()), torch.tensor(0.37), torch.zeros(6, 1)
+    net, times = exact_net(path), t.expand(6)
+    for name in ("velocity", "noise"):
+        read = {"velocity": gmpo.velocity, "noise": gmpo.noise_prediction}[name](net, x, t, obs, path)
+        torch.testing.assert_close(read, exact_prediction(x, times, path, name), rtol=1e-4, atol=1e-5)
+
+
+def test_velocity_of_vp_moves_action_and_noise(algorithm, monkeypatch):
+    monkeypatch.setitem(algorithm.PREDICTS, "vp", "noise")
+    action, eps, t = torch.randn(5, 2), torch.randn(5, 2), torch.tensor(0.4)
+    alpha, sigma, d_alpha, d_sigma = (c.float() for c in hand_path(t, "vp"))
+    found = algorithm.velocity(Net(lambda x, t, obs: eps), alpha * action + sigma * eps, t, torch.zeros(5, 1), "vp")
+    torch.testing.assert_close(found, d_alpha * action + d_sigma * eps, rtol=1e-4, atol=1e-4)
+
+
+@each_path
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_recovers_a_gaussian_on_every_path(path, solver):
+    n, steps = 10_000, 200 if solver in ("dpmpp", "midpoint", "rk4") else 400
+    args = args_of(path=path, solver=solver, sampler_steps=steps)
+    with torch.no_grad():
+        action = gmpo.sample(exact_net(path), torch.zeros(n, 1), args, seeded())
+    torch.testing.assert_close(action.mean(0), MEAN, atol=0.02, rtol=0)
+    torch.testing.assert_close(action.T.cov(), COV, atol=0.015, rtol=0)
+
+
+@each_path
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_no_solver_meets_nan_at_the_ends(path, solver):
+    args = args_of(path=path, solver=solver, sampler_steps=3)
+    net = Net(lambda x, t, obs: torch.tanh(x))
+    assert gmpo.sample(net, torch.zeros(50, 1), args, seeded()).isfinite().all()
+
+
+@pytest.mark.parametrize("network", ["mlp", "paper"])
+@pytest.mark.parametrize("solver", ["ddim", "sde", "euler"])
+def test_act_is_in_bounds_and_its_generator_controls_it(network, solver):
+    args, obs = args_of(network=network, solver=solver, sampler_steps=4), torch.randn(64, 3, generator=seeded())
+    models = gmpo.build(3, 2, args)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        first, same, other = (gmpo.act(models, obs, args, seeded(seed)) for seed in (1, 1, 2))
+    assert first.shape == (64, 2) and (first.abs() <= 1).all() and (first.abs() == 1).any()
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# Sections 5 and 7: weights, candidates, losses
+
+
+def dataset(n=40):
+    g = seeded(3)
+    obs = torch.randint(-9, 10, (n, 3), generator=g).float() / 10
+    action = torch.rand(n, 2, generator=g) * 2 - 1
+    return datasets.Dataset(obs, action, torch.randn(n, generator=g), obs, torch.zeros(n))
+
+
+def at_the_state():
+    """A net of the straight path whose every sample is the action obs[:2]: dx/dt = (x - a) / t."""
+    return Net(lambda x, t, s: (x - s[:, :2]) / t[:, None])
+
+
+def test_candidates_belong_to_their_state():
+    args = args_of(path="icfm", solver="euler", sampler_steps=4, candidates=5)
+    critic, obs = gmpo.build(3, 2, args)["critic"], dataset().obs
+    action, weight = gmpo.candidates(critic, at_the_state(), obs, args)
+    assert action.shape == (40, 5, 2) and weight.shape == (40, 5)
+    torch.testing.assert_close(action, obs[:, None, :2].expand(40, 5, 2), atol=1e-5, rtol=0)
+
+
+def test_candidates_are_weighted_by_a_softmax_over_the_k_of_a_state():
+    args = args_of(sampler_steps=3, candidates=4, beta=3.0, actions="static")
+    models, obs = gmpo.build(3, 2, args), dataset().obs
+    action, weight = gmpo.candidates(models["critic"], models["behaviour"], obs, args, seeded())
+    assert (action.abs() <= 1).all() and action.std(1).min() > 0
+    for b in range(3):
+        x = torch.cat([obs[b].expand(4, 3), action[b]], -1)
+        q = torch.minimum(*(net(x).squeeze(-1) for net in models["critic"].q.nets))
+        expected = torch.exp(3 * q) / torch.exp(3 * q).sum()
+        torch.testing.assert_close(weight[b], expected.detach())
+
+
+def test_weighted_actions_of_data_are_the_data_and_eq_7():
+    args, data = args_of(actions="data", weight_max=0.9), dataset()
+    models = gmpo.build(3, 2, args)
+    action, weight = gmpo.weighted_actions(models, data, args)
+    assert torch.equal(action, data.action[:, None])
+    q = models["critic"].q(data.obs, data.action).amin(0)
+    expected = torch.exp(2 * (q - models["critic"].v(data.obs))).clamp(max=0.9)
+    torch.testing.assert_close(weight, expected[:, None].detach())
+    assert (weight == 0.9).any() and (weight < 0.9).any()
+
+
+def test_static_actions_are_drawn_once_from_a_stream_of_their_own():
+    args, data = args_of(actions="static", sampler_steps=2, candidates=3, seed=7), dataset()
+    models = gmpo.build(3, 2, args)
+    state = torch.get_rng_state()
+    first = gmpo.weighted_actions(models, data, args)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.rand(3)
+    again, other = (gmpo.weighted_actions(models, data, dataclasses.replace(args, seed=seed)) for seed in (7, 8))
+    assert first[0].shape == (40, 3, 2) and first[1].shape == (40, 3)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_policy_loss_is_eq_8_for_one_action_and_eq_9_for_k(k):
+    args, n = args_of(weight_max=0.8), 6
+    net = Net(lambda x, t, obs: x + obs[:, :2] * t[:, None])
+    obs, action = torch.randn(n, 3, generator=seeded()), torch.rand(n, k, 2, generator=seeded(1))
+    weight = torch.rand(n, k, generator=seeded(2))
+    torch.manual_seed(9)
+    loss, metrics = gmpo.policy_loss(net, obs, action, weight, args)
+    torch.manual_seed(9)
+    flat = torch.stack([obs[b] for b in range(n) for _ in range(k)])
+    each = gmpo.matching_loss(net, action.reshape(n * k, 2), flat, args)
+    by_hand = sum(weight[b, j] * each[b * k + j] for b in range(n) for j in range(k)) / n
+    torch.testing.assert_close(loss, by_hand)
+    torch.testing.assert_close(metrics["policy/weight"], weight.mean())
+    torch.testing.assert_close(metrics["policy/clipped"], (weight >= 0.8).float().mean())
+    loss.backward()
+    assert net.scale.grad != 0
+
+
+def test_beta_0_is_behaviour_cloning():
+    args, data = args_of(beta=0.0), dataset()
+    models = gmpo.build(3, 2, args)
+    action, weight = gmpo.weighted_actions(models, data, args)
+    assert torch.equal(weight, torch.ones(40, 1))
+    torch.manual_seed(4)
+    loss, metrics = gmpo.policy_loss(models["policy"], data.obs, action, weight, args)
+    torch.manual_seed(4)
+    torch.testing.assert_close(loss, gmpo.matching_loss(models["policy"], data.action, data.obs, args).mean())
+    assert metrics["policy/ess"].item() == pytest.approx(1)
+
+
+def test_the_policy_needs_no_gradient_of_the_critic():
+    args, data = args_of(actions="static", sampler_steps=2, candidates=2), dataset()
+    models = gmpo.build(3, 2, args)
+    loss, _ = gmpo.policy_loss(models["policy"], data.obs, *gmpo.weighted_actions(models, data, args), args)
+    loss.backward()
+    assert all(p.grad is None for name in ("critic", "behaviour") for p in models[name].parameters())
+    assert all(p.grad is not None for p in models["policy"].parameters())
+
+
+def test_a_model_of_the_behaviour_is_built_only_where_it_is_sampled():
+    assert "behaviour" not in gmpo.build(3, 2, args_of(actions="data"))
+    assert "behaviour" in gmpo.build(3, 2, args_of(actions="static"))
+
+
+# Networks and the learning rate
+
+
+def test_paper_net_has_the_references_size(algorithm):
+    net = algorithm.PaperNet(algorithm.Normalize(17), 17, 6)
+    assert sum(p.numel() for p in net.parameters()) == 1_633_222
+    assert net.frequencies.shape == (16,) and not net.frequencies.requires_grad
+
+
+@pytest.mark.parametrize("network", ["mlp", "paper"])
+def test_networks_see_action_time_and_normalised_state(algorithm, network):
+    torch.manual_seed(0)
+    normalize = algorithm.Normalize(3)
+    net = algorithm.NETWORKS[network](normalize, 3, 2)
+    x, t, obs = torch.randn(5, 2), torch.rand(5), torch.randn(5, 3)
+    out = net(x, t, obs)
+    assert out.shape == (5, 2)
+    for changed in (net(x + 1, t, obs), net(x, t + 0.1, obs), net(x, t, obs + 1)):
+        assert not torch.allclose(out, changed, atol=1e-4)
+    rows = torch.cat([net(x[i : i + 1], t[i : i + 1], obs[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(out, rows)
+    normalize.fit(obs * 3 + 1)
+    torch.testing.assert_close(net(x, t, obs * normalize.std + normalize.mean), out, rtol=1e-4, atol=1e-5)
+
+
+def test_set_lr_is_constant_or_a_cosine_from_the_rate_to_0(algorithm):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
+    expected = {(0.0, True): 0.2, (0.5, True): 0.1, (0.25, True): 0.1 * (1 + math.sqrt(0.5)), (1.0, True): 0.0}
+    expected |= {(0.0, False): 0.2, (1.0, False): 0.2}
+    for (progress, decay), lr in expected.items():
+        algorithm.set_lr(optimizer, 0.2, progress, decay)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr, abs=1e-12)
