@@ -299,8 +299,8 @@ PREDICTS = {"vp": "velocity", "gvp": "velocity", "icfm": "velocity"}
 def alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]:
     """alpha_t and sigma_t of Eq. (4), of t's shape."""
     if path == "vp":  # beta_t = 0.1 + 19.9 t and alpha_t = exp(-1/2 int_0^t beta)
-        alpha = torch.exp(-19.9 / 4 * t**2 - 0.1 / 2 * t)
-        return alpha, torch.sqrt(-torch.expm1(2 * alpha.log()))
+        log_alpha = -19.9 / 4 * t**2 - 0.1 / 2 * t
+        return log_alpha.exp(), torch.sqrt(-torch.expm1(2 * log_alpha))  # 1 - alpha^2 would lose digits near t = 0
     if path == "gvp":
         return torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
     return 1 - t, t

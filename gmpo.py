@@ -296,8 +296,8 @@ PREDICTS = {"vp": "noise", "gvp": "velocity", "icfm": "velocity"}
 def alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]:
     """alpha_t and sigma_t of Eq. (4), of t's shape."""
     if path == "vp":  # beta_t = 0.1 + 19.9 t and alpha_t = exp(-1/2 int_0^t beta)
-        alpha = torch.exp(-19.9 / 4 * t**2 - 0.1 / 2 * t)
-        return alpha, torch.sqrt(-torch.expm1(2 * alpha.log()))
+        log_alpha = -19.9 / 4 * t**2 - 0.1 / 2 * t
+        return log_alpha.exp(), torch.sqrt(-torch.expm1(2 * log_alpha))  # 1 - alpha^2 would lose digits near t = 0
     if path == "gvp":
         return torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
     return 1 - t, t
@@ -346,9 +346,8 @@ def noise_prediction(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torc
     if PREDICTS[path] == "noise":
         return out
     (alpha, sigma), (d_alpha, d_sigma) = alpha_sigma(t, path), d_alpha_sigma(t, path)
-    return (alpha * out - d_alpha * x) / (
-        alpha * d_sigma - d_alpha * sigma
-    )  # solves x = alpha a + sigma eps, out = alpha' a + sigma' eps
+    determinant = alpha * d_sigma - d_alpha * sigma  # of x = alpha a + sigma eps, out = alpha' a + sigma' eps
+    return (alpha * out - d_alpha * x) / determinant
 
 
 def sample(net: nn.Module, obs: torch.Tensor, args: Args, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -450,9 +449,7 @@ def weighted_actions(models: dict, data: datasets.Dataset, args: Args) -> tuple[
     """Actions and weights of all states, once, since critic and behaviour are frozen by now: (N, K, A), (N, K)."""
     if args.actions == "data":
         return data.action[:, None], weights(advantages(models["critic"], data), args)[:, None]
-    generator = torch.Generator(args.device).manual_seed(
-        args.seed
-    )  # its own: a resumed run draws the same actions again
+    generator = torch.Generator(args.device).manual_seed(args.seed)  # so that a resumed run draws the same actions
     chunks = [candidates(models["critic"], models["behaviour"], obs, args, generator) for obs in data.obs.split(8192)]
     return tuple(torch.cat(parts) for parts in zip(*chunks))
 
