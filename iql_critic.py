@@ -201,7 +201,7 @@ class GaussianActor(nn.Module):
         mean = torch.tanh(
             self.net(self.normalize(obs))
         )  # not a squashed Gaussian: tanh is inside the mean, samples may leave [-1, 1]
-        return torch.distributions.Normal(mean, self.log_std.clamp(-5, 2).exp())
+        return torch.distributions.Normal(mean, self.log_std.clamp(-5, 2).exp(), validate_args=False)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The parts of README that are made from the sources: equation -> lines, and the list of differences.
 
-    python tests/readme.py      write them into README.md
+python tests/readme.py      write them into README.md
 """
 
 import re

@@ -5,6 +5,7 @@ python tests/sync.py gmpo.py      copy gmpo.py's shared definitions into the oth
 
 import ast
 import difflib
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FILES = ["iql_critic.py", "gmpo.py", "gmpg.py", "idql.py"]
 
 # The names that are the lesson: each file has its own.
-OWN = {"Args", "PAPER", "PREDICTS", "policy_loss", "act", "evaluate_bandit", "build", "train"}
+OWN = {"Args", "PAPER", "ANTMAZE", "PREDICTS", "policy_loss", "act", "evaluate_bandit", "build", "train"}
 
 
 def definitions(name: str) -> dict[str, tuple[int, int, str]]:
@@ -20,16 +21,13 @@ def definitions(name: str) -> dict[str, tuple[int, int, str]]:
     text = (ROOT / name).read_text()
     lines, found = text.splitlines(), {}
     for node in ast.parse(text).body:
-        if isinstance(node, ast.Assign):
-            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
         else:
             names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-        while (
-            lines[first - 2].startswith("#")
-            and not lines[first - 2].startswith(("# ---", "# ==="))
-            and not lines[first - 2][2].isdigit()
-        ):
+        while first > 1 and re.match(r"#(?! (---|\d+\.))", lines[first - 2]):  # a comment, but not a section's heading
             first -= 1
         last = node.end_lineno
         found |= {n: (first, last, "\n".join(lines[first - 1 : last])) for n in names}

@@ -210,7 +210,8 @@ def test_half_a_line_of_metrics_is_dropped_on_resume(files, tmp_path):
 def test_evaluating_more_often_leaves_the_weights_alone(name, env, eval_env, files, tmp_path):
     env = "bandit" if env == "bandit" else str(files / env)
     for eval_every in (5, 1000):
-        train(name, env=env, eval_env=eval_env, run_dir=tmp_path / str(eval_every), eval_every=eval_every)
+        changes = dict(run_dir=tmp_path / str(eval_every), eval_every=eval_every, dropout=0.2)
+        train(name, env=env, eval_env=eval_env, **changes)
     often, once = load(tmp_path / "5"), load(tmp_path / "1000")
     evaluations = [sum("eval/return" in line for line in logged(tmp_path / n)) for n in ("5", "1000")]
     assert evaluations[0] > evaluations[1] == 1
@@ -225,7 +226,7 @@ def test_a_killed_run_leaves_a_whole_checkpoint_and_resumes(files, tmp_path, mon
     context.set_forkserver_preload(["gmpo", "torch._dynamo"])
     for _ in range(6):
         args = tiny_args("gmpo", policy_steps=10**6, save_every=1, resume=step > 0, **changes)
-        process = context.Process(target=importlib.import_module("gmpo").train, args=[args])
+        process = context.Process(target=importlib.import_module("gmpo").train, args=[args], daemon=True)
         process.start()
         seen, deadline = step, time.time() + 60
         while seen <= step:

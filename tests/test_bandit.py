@@ -1,0 +1,127 @@
+"""The bandit's closed form by importance weighting, and whole training runs against it."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import gmpo
+import iql_critic
+from common import bandit
+
+torch.set_num_threads(1)
+STEP_FREE = dict(device="cpu", log_every=100_000, save_every=100_000)
+
+
+def soft(beta):
+    return torch.softmax(beta * bandit.REWARDS, -1)
+
+
+# The closed form
+
+
+def test_modes_lie_on_a_circle_inside_the_box_and_far_apart():
+    assert bandit.MODES.shape == (8, 2) and bandit.REWARDS.shape == (8,)
+    torch.testing.assert_close(bandit.MODES.norm(dim=-1), torch.full((8,), 0.8))
+    nearest = min((a - b).norm().item() for a, b in itertools.combinations(bandit.MODES, 2))
+    assert nearest > 8 * bandit.STD
+    assert 0.8 + 3 * bandit.STD <= 1.001
+
+
+def test_the_two_best_modes_are_opposite_and_their_mean_is_no_mode():
+    best, second = bandit.REWARDS.argsort(descending=True)[:2]
+    torch.testing.assert_close(bandit.MODES[best], -bandit.MODES[second], atol=1e-6, rtol=0)
+
+
+def test_the_data_are_the_mixture_and_always_the_same():
+    data = bandit.load(size=80_000)
+    assert torch.equal(data.rows[:100], bandit.load(size=80_000).rows[:100])
+    distance, mode = torch.cdist(data.action, bandit.MODES).min(-1)
+    torch.testing.assert_close(mode.bincount() / len(data), torch.full((8,), 1 / 8), atol=0.005, rtol=0)
+    assert (
+        torch.equal(data.reward, bandit.REWARDS[mode]) or (data.reward == bandit.REWARDS[mode]).float().mean() > 0.999
+    )
+    assert distance.square().mean().sqrt().item() == pytest.approx(math.sqrt(2) * bandit.STD, rel=0.01)
+    assert (data.done == 1).all() and not data.obs.any()
+
+
+def test_frequencies_count_the_nearest_mode():
+    action = bandit.MODES[[0, 0, 3, 7]] + 0.1
+    assert bandit.frequencies(action).tolist() == [0.5, 0, 0, 0.25, 0, 0, 0, 0.25]
+
+
+@pytest.mark.parametrize("beta", [0.0, 2.0, 5.0])
+def test_the_softmax_is_the_data_reweighted_by_exp_beta_q(beta):
+    data = bandit.load(size=200_000)
+    drawn = torch.multinomial(torch.exp(beta * data.reward), 100_000, True, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(bandit.frequencies(data.action[drawn]), soft(beta), atol=0.008, rtol=0)
+
+
+class Folder:
+    writer = None
+
+    def __init__(self, folder):
+        self.folder = folder
+
+
+def test_report_measures_total_variation_and_what_is_off_the_modes(tmp_path):
+    action = bandit.MODES[[0, 0, 4, 4]].clone()
+    action[0] *= 0.5
+    metrics = bandit.report(action, torch.tensor([0.25, 0.25, 0, 0, 0.5, 0, 0, 0]), Folder(tmp_path), 0)
+    assert metrics["eval/total_variation"] == pytest.approx(0.25)
+    assert metrics["eval/score"] == pytest.approx(75)
+    assert metrics["eval/off_modes"] == pytest.approx(0.25)
+    assert metrics["eval/return"] == pytest.approx(0.5 * 1.0 + 0.5 * 0.9)
+
+
+def test_gmpo_is_compared_with_exp_beta_q(tmp_path, monkeypatch):
+    targets = []
+    monkeypatch.setattr(bandit, "report", lambda action, target, *rest, **others: targets.append(target) or {})
+    args = gmpo.Args(env="bandit", beta=3.0, sampler_steps=1, device="cpu")
+    gmpo.evaluate_bandit(gmpo.build(1, 2, args), bandit.load(size=64), Folder(tmp_path), args, 0, torch.Generator())
+    torch.testing.assert_close(targets[0], soft(3.0))
+
+
+@pytest.mark.parametrize("loss", ["expectile", "exponential"])
+def test_iql_is_compared_with_the_policy_its_v_is_the_value_of(tmp_path, monkeypatch, loss):
+    targets = []
+    monkeypatch.setattr(bandit, "report", lambda action, target, *rest, **others: targets.append(target) or {})
+    args = iql_critic.Args(env="bandit", critic_loss=loss, expectile=0.7, dropout=0.0, device="cpu", linex_max=1e9)
+    models = iql_critic.build(1, 2, args)
+    iql_critic.evaluate_bandit(models, bandit.load(size=64), Folder(tmp_path), args, 0, torch.Generator())
+    target, q = targets[0].double(), bandit.REWARDS.double()
+    v = (target * q).sum()
+    expected = torch.where(q > v, 0.7, 0.3) if loss == "expectile" else torch.expm1(q - v) / (q - v)
+    torch.testing.assert_close(target, (expected / expected.sum()).double(), atol=1e-4, rtol=0)
+    if loss == "exponential":
+        assert v.item() == pytest.approx((q.logsumexp(0) - math.log(8)).item(), abs=1e-4)
+
+
+# Whole runs
+
+
+@pytest.mark.parametrize("path", ["vp", "gvp", "icfm"])
+def test_gmpo_learns_the_closed_form_on_every_path(tmp_path, path):
+    budget = dict(critic_steps=1_500, policy_steps=5_000, batch_size=128, policy_lr=3e-3, eval_every=100_000)
+    args = gmpo.Args(env="bandit", path=path, solver="dpmpp", run_dir=tmp_path / path, **budget, **STEP_FREE)
+    result = gmpo.train(args)
+    assert result["eval/total_variation"] < 0.05
+    assert result["eval/off_modes"] < 0.5
+    assert (tmp_path / path / "bandit.png").stat().st_size > 10_000
+
+
+def test_iqls_implicit_policy_is_right_where_its_gaussian_cannot_be(tmp_path, monkeypatch):
+    seen, report = [], bandit.report
+
+    def spy(action, target, *rest, **others):
+        seen.append(others)
+        return report(action, target, *rest, **others)
+
+    monkeypatch.setattr(bandit, "report", spy)
+    result = iql_critic.train(iql_critic.Args(env="bandit", run_dir=tmp_path / "iql", **STEP_FREE))
+    assert result["eval/total_variation"] < 0.05 and result["eval/off_modes"] < 0.01
+    gaussian = seen[-1]["IQL's Gaussian"]
+    off = (torch.cdist(gaussian, bandit.MODES).amin(-1) > 4 * bandit.STD).float().mean()
+    assert off > 0.5
+    assert gaussian.mean(0).norm() < 0.3  # between the two best modes: the mean of good actions is no good action

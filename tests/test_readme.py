@@ -1,0 +1,60 @@
+"""README says what is so: its generated parts are current, and each of its commands runs, on a small budget."""
+
+import os
+import re
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import readme
+
+TEXT = (readme.ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^    ((?:python|for) .*?)(?: +#.*)?$", TEXT, re.M)
+SMALL = "--critic-steps 4 --policy-steps 4 --batch-size 8 --eval-episodes 1"
+
+
+def write_hdf5(path, obs_dim, action_dim, rows=64):
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        file["observations"] = rng.normal(size=(rows, obs_dim))
+        file["actions"] = rng.uniform(-1, 1, (rows, action_dim))
+        file["rewards"] = rng.normal(size=rows)
+        file["terminals"] = np.zeros(rows, bool)
+        file["timeouts"] = np.arange(rows) % 16 == 15
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the data that README's commands name, and a `python` that gives every file a small budget."""
+    folder = tmp_path_factory.mktemp("readme")
+    write_hdf5(folder / "my_hopper.hdf5", 11, 3)
+    write_hdf5(folder / "my_pendulum.hdf5", 3, 1)
+    write_hdf5(folder / "halfcheetah_medium_expert-v2.hdf5", 17, 6)
+    shim = folder / "python"
+    small = f"""case "$*" in *gmpg*) more="--behaviour-steps 4 --policy-batch-size 8 --sampler-steps 4";; esac
+case "$*" in *idql*) more="--policy-batch-size 8 --candidates 2";; esac
+file=$1; shift
+exec {sys.executable} {readme.ROOT}/$file "$@" {SMALL} --allow-unverified $more
+"""
+    shim.write_text(f"#!/bin/sh\n{small}")
+    shim.chmod(0o755)
+    return folder
+
+
+def test_the_parts_made_from_the_sources_are_current():
+    assert readme.current() == TEXT, "run python tests/readme.py"
+
+
+def test_every_equation_of_the_docstrings_has_a_line_in_some_file():
+    tagged = set().union(*(readme.equation_lines(name) for name in readme.FILES))
+    assert tagged == set(readme.formulas())
+
+
+def test_the_commands_run_in_their_order(folder):
+    assert len(COMMANDS) >= 8
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "D4RL_DATASET_DIR": str(folder)}
+    for command in COMMANDS:
+        done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
