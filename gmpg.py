@@ -21,7 +21,7 @@ gradient of E[Q(s, a)] - KL(pi || mu) / beta, through every step of the sampler 
     (5)  l(s, a) = 1/2 |net(x_t, t, s) - target|^2           target: velocity alpha'_t a + sigma'_t eps, or noise eps
     (6)  dx/dt = velocity(x, t, s), from t = 1 to t = 0      noise becomes an action
   policy, started as a copy of the model of mu
-    (12) x_{k+1} = x_k - (t_k - t_{k+1}) velocity(x_k, t_k, s)  Euler's steps of Eq. (6) from t_0 = 1 to t_n = 0, a = x_n
+    (12) x_{k+1} = x_k - (t_k - t_{k+1}) velocity(x_k, t_k, s)  Euler's steps of Eq. (6), t_0 = 1 to t_n = 0, a = x_n
     (13) log pi(a|s) = log N(x_0; 0, I) - sum_k log |det dx_{k+1} / dx_k|    exact for these steps; log mu(a|s) likewise
     (14) L = E[ -beta min_i Q_i(s, a) + log pi(a|s) - log mu(a|s) ]          GMPG
 

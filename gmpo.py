@@ -581,6 +581,8 @@ def train(args: Args) -> dict:
         if step <= behaviour_start:
             metrics = critic_step(critic, optimizers, batch, args)
         elif step <= policy_start:
+            progress = (step - behaviour_start) / args.behaviour_steps
+            set_lr(optimizers["behaviour_optimizer"], args.policy_lr, progress, args.lr_decay)
             loss = matching_loss(behaviour, batch.action, batch.obs, args).mean()
             descend(optimizers["behaviour_optimizer"], loss)
             metrics = {"behaviour/loss": loss.detach()}

@@ -1,13 +1,13 @@
 """halfcheetah-demo: a dataset that needs no download, made at first use by a linear policy of our own.
 
 The policy, action = clip(W (obs - mean) / std, -1, 1), runs well: its return is the 100 of the demo's score. In the
-data it is disturbed: each action is a random one with a probability of 0.1, 0.3, 0.5 or 0.7, the same for an episode. So
-every state has good actions and bad ones, cloning copies both, and the data allow far better than their best episode.
+data it is disturbed: each action is a random one with a probability of 0.1, 0.3, 0.5 or 0.7, the same for an episode.
+So every state has good actions and bad ones, cloning copies both, and the data allow better than their best episode.
 
 halfcheetah_linear.npz holds W (6, 17), mean and std (17,). They were found by augmented random search (Mania et al.,
 2018, arXiv:1803.07055, V2-t: 60 iterations of 32 directions, the best 8 kept, step 0.02, noise 0.03, episodes of 500
-steps), in `make("halfcheetah")`, every tenth action of the search reversed so that a policy survives that disturbs
-easily.
+steps), in `make("halfcheetah")`, every tenth action of the search reversed, so that what is found stands
+disturbance.
 """
 
 import os

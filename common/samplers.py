@@ -210,12 +210,12 @@ def with_log_det(step: Step, x: torch.Tensor, probe: torch.Tensor | None) -> tup
 
 
 def invert(step: Step, y: torch.Tensor, iterations: int) -> torch.Tensor:
-    """The x with step(x) = y, by Newton's method from x = y: (..., A) -> (..., A).
+    """The x with step(x) = y, by Newton's method from x = y + (y - step(y)): (..., A) -> (..., A).
 
     Autograd records only the last iteration: at the solution its first derivatives, with respect to y and to what step
     depends on, are those of the implicit function. Second derivatives are not.
     """
-    x = y
+    x = 2 * y - step(y)
     for _ in range(iterations):
         x = x.detach()
         reached, jacobian = with_jacobian(step, x)
@@ -250,7 +250,7 @@ def log_density(
     method: str = "euler",
     power: float = 1.0,
     probe: torch.Tensor | None = None,
-    iterations: int = 6,
+    iterations: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log mu(action) under the model that `ode_with_log_density` samples, and its error: (..., A) -> (...), (...).
 

@@ -67,7 +67,8 @@ class Folder:
 
 def test_report_measures_total_variation_and_what_is_off_the_modes(tmp_path):
     action = bandit.MODES[[0, 0, 4, 4]].clone()
-    action[0] *= 0.5
+    action[0, 0] -= 5 * bandit.STD
+    action[1, 0] += 3 * bandit.STD
     metrics = bandit.report(action, torch.tensor([0.25, 0.25, 0, 0, 0.5, 0, 0, 0]), Folder(tmp_path), 0)
     assert metrics["eval/total_variation"] == pytest.approx(0.25)
     assert metrics["eval/score"] == pytest.approx(75)
@@ -104,7 +105,9 @@ def test_iql_is_compared_with_the_policy_its_v_is_the_value_of(tmp_path, monkeyp
 @pytest.mark.parametrize("path", ["vp", "gvp", "icfm"])
 def test_gmpo_learns_the_closed_form_on_every_path(tmp_path, path):
     budget = dict(critic_steps=1_500, policy_steps=5_000, batch_size=128, policy_lr=3e-3, eval_every=100_000)
-    args = gmpo.Args(env="bandit", path=path, solver="dpmpp", run_dir=tmp_path / path, **budget, **STEP_FREE)
+    args = gmpo.Args(
+        env="bandit", path=path, solver="dpmpp", sampler_steps=32, run_dir=tmp_path / path, **budget, **STEP_FREE
+    )
     result = gmpo.train(args)
     assert result["eval/total_variation"] < 0.05
     assert result["eval/off_modes"] < 0.5

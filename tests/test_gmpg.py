@@ -15,9 +15,7 @@ torch.set_num_threads(1)
 each_path = pytest.mark.parametrize("path", ["vp", "gvp", "icfm"])
 MEAN, STD = torch.tensor([-0.2, 0.1]), 0.25
 MAZES = ["umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"]
-MIXTURE = dict(
-    mean=torch.tensor([-0.4, 0.1, 0.5]), std=torch.tensor([0.2, 0.15, 0.2]), share=torch.tensor([0.5, 0.2, 0.3])
-)
+MIXTURE = dict(mean=torch.tensor([-0.3, 0.35]), std=torch.tensor([0.25, 0.3]), share=torch.tensor([0.6, 0.4]))
 
 
 @pytest.fixture
@@ -147,14 +145,14 @@ def adam(net):
     return torch.optim.Adam(net.parameters(), 3e-3)
 
 
-def train_behaviour(draw, args, steps, action_dim=2, width=64):
+def train_behaviour(draw, args, steps, action_dim=2, width=64, size=256, lr=3e-3):
     """A small model of the actions that draw(B) makes."""
     torch.manual_seed(0)
     net = gmpg.StateMLP(gmpg.Normalize(1), 1, action_dim, width)
     optimizer = adam(net)
     for step in range(steps):
-        gmpg.set_lr(optimizer, 3e-3, step / steps, decay=True)
-        loss = gmpg.matching_loss(net, draw(256), torch.zeros(256, 1), args).mean()
+        gmpg.set_lr(optimizer, lr, step / steps, decay=True)
+        loss = gmpg.matching_loss(net, draw(size), torch.zeros(size, 1), args).mean()
         gmpg.descend(optimizer, loss)
     return net.requires_grad_(False)
 
@@ -193,16 +191,16 @@ def test_density_of_a_trained_flow_integrates_to_1():
 
 
 def test_hutchinson_agrees_with_exact_on_average():
-    models, obs, found = small_models("gvp", scale=1.5), torch.zeros(5_000, 2), {}
+    policy, behaviour = (Net(lambda x, t, obs, k=k: torch.sin(k * x.roll(1, -1)) + 0.5 * x) for k in (1.0, 0.7))
+    obs, found = torch.zeros(5_000, 1), {}
     for divergence in ("exact", "hutchinson"):
         torch.manual_seed(3)
-        terms = gmpg.kl_terms(models["policy"], models["behaviour"], obs, args_of(divergence=divergence))
-        found[divergence] = [x.detach() for x in terms]
+        found[divergence] = gmpg.kl_terms(policy, behaviour, obs, args_of(divergence=divergence))
     exact, estimate = found["exact"], found["hutchinson"]
     assert torch.equal(exact[0], estimate[0])
     for k in (1, 2):
         gap = estimate[k] - exact[k]
-        assert gap.std() > 2e-3 and gap.mean().abs() < 4 * gap.std() / math.sqrt(5_000) + 1e-3
+        assert gap.std() > 0.01 and gap.mean().abs() < 4 * gap.std() / math.sqrt(5_000) + 1e-3
 
 
 def test_auto_is_exact_up_to_24_dimensions():
@@ -415,8 +413,8 @@ STEPS = {"vp": 16, "gvp": 16, "icfm": 32}
 @each_path
 def test_a_gaussian_with_a_linear_reward_shifts_by_beta_variance_slope(path):
     slope, args = torch.tensor([1.2, -0.9]), args_of(path=path, sampler_steps=STEPS[path])
-    behaviour = train_behaviour(gaussian, args, 600)
-    policy = last(train_policy(behaviour, lambda action: action @ slope, gaussian, args, 80))
+    behaviour = train_behaviour(gaussian, args, 800, size=512, lr=1e-2)
+    policy = last(train_policy(behaviour, lambda action: action @ slope, gaussian, args, 40))
     action = samples(policy, args)
     torch.testing.assert_close(action.mean(0), MEAN + 2 * STD**2 * slope, rtol=0, atol=0.03)
     torch.testing.assert_close(action.std(0), torch.full((2,), STD), rtol=0.1, atol=0)
@@ -446,11 +444,10 @@ def mixture_density(a):
 @pytest.mark.parametrize("path", ["gvp"])
 def test_overlapping_modes_are_reweighted_by_exp_beta_q(path):
     args = args_of(path=path, sampler_steps=STEPS[path])
-    reward = lambda action: torch.sin(3 * action.sum(-1))  # noqa: E731
-    target = lambda a: mixture_density(a) * torch.exp(2 * torch.sin(3 * a.clamp(-1, 1)))  # noqa: E731
-    behaviour = train_behaviour(mixture, args, 1500, action_dim=1)
+    target = lambda a: mixture_density(a) * torch.exp(2 * a.clamp(-1, 1))  # noqa: E731
+    behaviour = train_behaviour(mixture, args, 1500, action_dim=1, size=1024, lr=1e-2)
     assert total_variation(behaviour, target, args) > 0.3
-    policy = last(train_policy(behaviour, reward, mixture, args, 150))
+    policy = last(train_policy(behaviour, lambda action: action.sum(-1), mixture, args, 80, lr=1e-2))
     assert total_variation(policy, target, args) < 0.05
 
 

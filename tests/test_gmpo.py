@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gmpo
-from common import datasets
+from common import datasets, samplers
 
 torch.set_num_threads(1)
 PATHS = ["vp", "gvp", "icfm"]
@@ -202,6 +202,23 @@ def test_every_solver_recovers_a_gaussian_on_every_path(path, solver):
 
 @each_path
 @pytest.mark.parametrize("solver", SOLVERS)
+def test_a_solvers_name_means_that_solver(path, solver):
+    net, obs = exact_net(path), torch.zeros(9, 1)
+    found = gmpo.sample(net, obs, args_of(path=path, solver=solver, sampler_steps=5), seeded())
+    g = seeded()
+    x = torch.randn(9, 2, generator=g)
+    velocity = lambda x, t: gmpo.velocity(net, x, t, obs, path)  # noqa: E731
+    eps, schedule = lambda x, t: gmpo.noise_prediction(net, x, t, obs, path), lambda t: gmpo.alpha_sigma(t, path)
+    expected = {
+        "ddim": lambda: samplers.ddim(eps, schedule, x, 5),
+        "dpmpp": lambda: samplers.dpm_solver_pp(eps, schedule, x, 5),
+        "sde": lambda: samplers.sde(eps, schedule, x, 5, g),
+    }
+    torch.testing.assert_close(found, expected.get(solver, lambda: samplers.ode(velocity, x, 5, solver))())
+
+
+@each_path
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_no_solver_meets_nan_at_the_ends(path, solver):
     args = args_of(path=path, solver=solver, sampler_steps=3)
     net = Net(lambda x, t, obs: torch.tanh(x))
@@ -224,6 +241,17 @@ def test_act_is_in_bounds_and_its_generator_controls_it(network, solver):
 # Sections 5 and 7: weights, candidates, losses
 
 
+def build(args):
+    """Networks of which each head of the critic is the smaller one about as often."""
+    torch.manual_seed(0)
+    models, data = gmpo.build(3, 2, args), dataset()
+    with torch.no_grad():
+        values = models["critic"].q(data.obs, data.action)
+        for net, mean in zip(models["critic"].q.nets, values.mean(-1)):
+            net[-1].bias -= mean
+    return models
+
+
 def dataset(n=40):
     g = seeded(3)
     obs = torch.randint(-9, 10, (n, 3), generator=g).float() / 10
@@ -238,7 +266,7 @@ def at_the_state():
 
 def test_candidates_belong_to_their_state():
     args = args_of(path="icfm", solver="euler", sampler_steps=4, candidates=5)
-    critic, obs = gmpo.build(3, 2, args)["critic"], dataset().obs
+    critic, obs = build(args)["critic"], dataset().obs
     action, weight = gmpo.candidates(critic, at_the_state(), obs, args)
     assert action.shape == (40, 5, 2) and weight.shape == (40, 5)
     torch.testing.assert_close(action, obs[:, None, :2].expand(40, 5, 2), atol=1e-5, rtol=0)
@@ -246,7 +274,7 @@ def test_candidates_belong_to_their_state():
 
 def test_candidates_are_weighted_by_a_softmax_over_the_k_of_a_state():
     args = args_of(sampler_steps=3, candidates=4, beta=3.0, actions="static")
-    models, obs = gmpo.build(3, 2, args), dataset().obs
+    models, obs = build(args), dataset().obs
     action, weight = gmpo.candidates(models["critic"], models["behaviour"], obs, args, seeded())
     assert (action.abs() <= 1).all() and action.std(1).min() > 0
     for b in range(3):
@@ -258,7 +286,7 @@ def test_candidates_are_weighted_by_a_softmax_over_the_k_of_a_state():
 
 def test_weighted_actions_of_data_are_the_data_and_eq_7():
     args, data = args_of(actions="data", weight_max=0.9), dataset()
-    models = gmpo.build(3, 2, args)
+    models = build(args)
     action, weight = gmpo.weighted_actions(models, data, args)
     assert torch.equal(action, data.action[:, None])
     q = models["critic"].q(data.obs, data.action).amin(0)
@@ -269,7 +297,7 @@ def test_weighted_actions_of_data_are_the_data_and_eq_7():
 
 def test_static_actions_are_drawn_once_from_a_stream_of_their_own():
     args, data = args_of(actions="static", sampler_steps=2, candidates=3, seed=7), dataset()
-    models = gmpo.build(3, 2, args)
+    models = build(args)
     state = torch.get_rng_state()
     first = gmpo.weighted_actions(models, data, args)
     assert torch.equal(state, torch.get_rng_state())
@@ -301,7 +329,7 @@ def test_policy_loss_is_eq_8_for_one_action_and_eq_9_for_k(k):
 
 def test_beta_0_is_behaviour_cloning():
     args, data = args_of(beta=0.0), dataset()
-    models = gmpo.build(3, 2, args)
+    models = build(args)
     action, weight = gmpo.weighted_actions(models, data, args)
     assert torch.equal(weight, torch.ones(40, 1))
     torch.manual_seed(4)
@@ -313,7 +341,7 @@ def test_beta_0_is_behaviour_cloning():
 
 def test_the_policy_needs_no_gradient_of_the_critic():
     args, data = args_of(actions="static", sampler_steps=2, candidates=2), dataset()
-    models = gmpo.build(3, 2, args)
+    models = build(args)
     loss, _ = gmpo.policy_loss(models["policy"], data.obs, *gmpo.weighted_actions(models, data, args), args)
     loss.backward()
     assert all(p.grad is None for name in ("critic", "behaviour") for p in models[name].parameters())
@@ -332,6 +360,17 @@ def test_paper_net_has_the_references_size(algorithm):
     net = algorithm.PaperNet(algorithm.Normalize(17), 17, 6)
     assert sum(p.numel() for p in net.parameters()) == 1_633_222
     assert net.frequencies.shape == (16,) and not net.frequencies.requires_grad
+
+
+@pytest.mark.parametrize("sizes", [(6, 4), (4, 4)])
+def test_a_block_of_paper_net_is_the_references(algorithm, sizes):
+    block, x, e = algorithm.PaperBlock(*sizes), torch.randn(5, sizes[0]), torch.randn(5, 128)
+    silu = lambda x: x * torch.sigmoid(x)  # noqa: E731
+    first = silu(x @ block.first.weight.T + block.first.bias)
+    first = first + silu(e) @ block.embedding.weight.T + block.embedding.bias
+    second = silu(first @ block.second.weight.T + block.second.bias)
+    skip = x if sizes[0] == sizes[1] else x @ block.skip.weight.T + block.skip.bias
+    torch.testing.assert_close(block(x, e), second + skip)
 
 
 @pytest.mark.parametrize("network", ["mlp", "paper"])

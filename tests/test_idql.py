@@ -1,6 +1,5 @@
 """IDQL against closed forms: schedules, network, noise loss, sampler, and how a candidate is chosen."""
 
-import copy
 import dataclasses
 import math
 
@@ -313,9 +312,7 @@ def test_heads_values_are_the_last_codes():
 # Training
 
 
-TINY = dict(
-    env="bandit", device="cpu", critic_steps=2, policy_steps=3, batch_size=4, policy_batch_size=4, log_every=1, eval_every=3,
-)  # fmt: skip
+TINY = dict(env="bandit", device="cpu", critic_steps=2, policy_steps=3, batch_size=4, policy_batch_size=4)
 
 
 class Recorded(torch.optim.AdamW):
@@ -347,7 +344,7 @@ def test_training_averages_the_policy_and_reports_n(tmp_path, monkeypatch):
     def evaluated(models, *others):
         seen.append([p.detach().clone() for p in models["policy"].parameters()])
         seen.append(list(models["ema"].parameters()))
-        return {}
+        return {"eval/score": 0.0, "eval/return": 0.0}
 
     monkeypatch.setattr(idql, "policy_loss", watched)
     monkeypatch.setattr(idql, "evaluate", evaluated)
@@ -394,3 +391,28 @@ def test_closed_forms_of_the_bandit_are_what_many_draws_give(monkeypatch, extrac
     found = bandit.frequencies(torch.cat([action for action, _ in targets]))
     assert 0.5 * (found - targets[0][1]).abs().sum() < 0.015
     assert targets[0][1].sum().item() == pytest.approx(1)
+
+
+class SmallNet(nn.Module):
+    """In the place of LNResNet, for a test's budget."""
+
+    def __init__(self, normalize, obs_dim, action_dim, preset, dropout):
+        super().__init__()
+        self.normalize, self.action_dim = normalize, action_dim
+        sizes = [action_dim + 20, 128, 128, 128]
+        hidden = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.SiLU())]
+        self.net = nn.Sequential(*hidden, nn.Linear(128, action_dim))
+
+    def forward(self, x, t, obs):
+        return self.net(torch.cat([x, nn.functional.one_hot(t.long(), 20).to(x.dtype)], -1))
+
+
+def test_a_run_on_the_bandit_comes_near_the_closed_form(tmp_path, monkeypatch):
+    """Clipping alone costs 0.022 of the 0.07, counting 4096 samples 0.017; uniform modes would have 0.2."""
+    monkeypatch.setattr(idql, "LNResNet", SmallNet)
+    args = idql.Args(
+        env="bandit", device="cpu", run_dir=tmp_path / "run", critic_steps=600, policy_steps=3000,
+        policy_batch_size=512, policy_lr=5e-3, candidates=16, ema_rate=0.01, diffusion_steps=20, schedule="cosine",
+        eval_every=3600,
+    )  # fmt: skip
+    assert idql.train(args)["eval/total_variation"] < 0.07
