@@ -61,7 +61,7 @@ class Args:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
     run_dir: Path | None = None
-    """the run's folder; None: runs/<env>/gmpo/seed<seed>"""
+    """the run's folder; None: runs/<env>/gmpg/seed<seed>"""
     resume: bool = False
     """go on from the run folder's checkpoint, if there is one"""
     eval_only: bool = False
@@ -395,14 +395,19 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 # ------------------------------------------------------------------------------------------------------------------
 # 5. The policy
 
-NODES = dict(
-    method="euler", power=2.0
-)  # of Eq. (12): t_k = (1 - k / n)^2, dense at t = 0, where narrow data fold coarse steps
+# The nodes of Eqs. (12) and (13): t_k = (1 - k / n)^2, dense at t = 0, where narrow data fold a coarse step.
+NODES = dict(method="euler", power=2.0)
 
 
 def drive(net: nn.Module, obs: torch.Tensor, args: Args) -> Callable:
-    """Eq. (6)'s right side for the samplers: (x, t) -> dx/dt."""
+    """The right side of Eq. (6) for the samplers: (x, t) -> dx/dt."""
     return lambda x, t: velocity(net, x, t, obs, args.path)
+
+
+def probe(x: torch.Tensor, args: Args) -> torch.Tensor | None:
+    """Hutchinson's probe for a whole solve, or None for exact determinants: (B, A)."""
+    exact = args.divergence == "exact" or (args.divergence == "auto" and x.shape[-1] <= 24)
+    return None if exact else samplers.rademacher_like(x)
 
 
 def kl_terms(policy: nn.Module, behaviour: nn.Module, obs: torch.Tensor, args: Args) -> tuple[torch.Tensor, ...]:
@@ -411,35 +416,38 @@ def kl_terms(policy: nn.Module, behaviour: nn.Module, obs: torch.Tensor, args: A
     # differs from the reference code: three solves of 999 steps, each with an error of discretisation, are two of 16
     # without; and a Hutchinson probe is drawn once a solve, where theirs is another in the backward pass
     x = torch.randn(len(obs), policy.action_dim, device=obs.device)
-    exact = args.divergence == "exact" or (args.divergence == "auto" and policy.action_dim <= 24)
-    nodes = dict(NODES, steps=args.sampler_steps, probe=None if exact else samplers.rademacher_like(x))
+    nodes = dict(NODES, steps=args.sampler_steps, probe=probe(x, args))
     action, log_pi = samplers.ode_with_log_density(drive(policy, obs, args), x, **nodes)
     log_mu, error = samplers.log_density(drive(behaviour, obs, args), action, **nodes)
     return action, log_pi, log_mu, error
 
 
+def matching_regularised(models: dict, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
+    """-beta Q of the policy's actions, with Eq. (5) on the data in the place of the KL."""
+    # differs from the reference code: there the matching loss is the behaviour model's, and moves nothing
+    q = models["critic"].q(batch.obs, act(models, batch.obs, args)).amin(0)
+    loss = (matching_loss(models["policy"], batch.action, batch.obs, args) - args.beta * q).mean()
+    return loss, {"policy/loss": loss.detach(), "policy/q": q.detach().mean()}
+
+
 def policy_loss(models: dict, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
-    """Eq. (14), by the gradient that `--gradient` names; the metrics hold KL(pi || mu) where it is known."""
-    policy, behaviour, critic = models["policy"], models["behaviour"], models["critic"]
+    """Eq. (14), by the gradient that `--gradient` names."""
     if args.gradient == "matching":
-        # differs from the reference code: there the matching loss is the behaviour model's, and moves nothing
-        action = act(models, batch.obs, args)
-        q = critic.q(batch.obs, action).amin(0)
-        loss = (matching_loss(policy, batch.action, batch.obs, args) - args.beta * q).mean()
-        return loss, {"policy/loss": loss.detach(), "policy/q": q.detach().mean()}
-    action, log_pi, log_mu, error = kl_terms(policy, behaviour, batch.obs, args)
-    q = critic.q(batch.obs, action.clamp(-1, 1)).amin(0)
-    each = -args.beta * q + log_pi - log_mu  # (B,)
-    metrics = {
-        "policy/q": q.detach().mean(),
-        "policy/kl": (log_pi - log_mu).detach().mean(),
-        "policy/undone": error.amax(),
-    }
-    if args.gradient == "reinforce":  # the same gradient in expectation, by E[(f(a) - b(s)) grad log pi(a|s)]
+        return matching_regularised(models, batch, args)
+    policy, critic = models["policy"], models["critic"]
+    with torch.set_grad_enabled(args.gradient == "pathwise"):
+        action, log_pi, log_mu, error = kl_terms(policy, models["behaviour"], batch.obs, args)
+        q = critic.q(batch.obs, action.clamp(-1, 1)).amin(0)
+        each = -args.beta * q + log_pi - log_mu  # (B,)
+    if args.gradient == "reinforce":  # E[grad log pi (each - b(s))] is the same gradient, for any baseline b
         baseline = -args.beta * critic.v(batch.obs)
-        log_pi, _ = samplers.log_density(drive(policy, batch.obs, args), action.detach(), args.sampler_steps, **NODES)
-        each = (each - baseline).detach() * log_pi
-    loss = each.mean()
+        nodes = dict(NODES, steps=args.sampler_steps, probe=probe(action, args))
+        score, _ = samplers.log_density(drive(policy, batch.obs, args), action, **nodes)
+        loss = ((each - baseline).detach() * score).mean()
+    else:
+        loss = each.mean()
+    kl = (log_pi - log_mu).detach().mean()
+    metrics = {"policy/q": q.detach().mean(), "policy/kl": kl, "policy/undone": error.amax()}
     return loss, {"policy/loss": loss.detach(), **metrics}
 
 
@@ -566,10 +574,8 @@ def train(args: Args) -> dict:
         else:
             if step == policy_start + 1:
                 policy.load_state_dict(behaviour.state_dict())  # the warm start
-            (
-                critic.requires_grad_(False),
-                behaviour.requires_grad_(False),
-            )  # the gradient passes through them to the action only
+            for model in (critic, behaviour):
+                model.requires_grad_(False)  # the gradient passes through them, to the action only
             set_lr(
                 optimizers["policy_optimizer"], args.policy_lr, (step - policy_start) / args.policy_steps, args.lr_decay
             )
