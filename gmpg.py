@@ -162,8 +162,8 @@ PAPER = {
         batch_size=256, policy_batch_size=64, beta=2.0, normalize_obs=True, eval_every=100,
     ),
     "bandit": dict(
-        critic_lr=1e-3, critic_steps=1_500, behaviour_steps=3_000, behaviour_lr=1e-3, policy_steps=500,
-        policy_lr=3e-4, batch_size=256, policy_batch_size=256, beta=2.0, eval_every=100,
+        critic_lr=1e-3, critic_steps=1_500, behaviour_steps=8_000, behaviour_lr=3e-3, policy_steps=200,
+        policy_lr=3e-4, batch_size=128, policy_batch_size=256, beta=2.0, eval_every=50,
     ),
     "own file": dict(
         critic_steps=100_000, behaviour_steps=100_000, behaviour_lr=3e-4, policy_steps=1_000, policy_lr=1e-4,

@@ -18,7 +18,7 @@ from common.runs import Run
 REWARDS = torch.tensor([1.0, 0.2, 0.7, 0.0, 0.9, 0.3, 0.5, 0.1])  # (8,) of the modes, counter-clockwise from the right
 ANGLES = torch.arange(8) * (2 * math.pi / 8)
 MODES = 0.8 * torch.stack([ANGLES.cos(), ANGLES.sin()], -1)  # (8, 2)
-STD = 0.04  # of each mode, in both directions
+STD = 0.06  # of each mode, in both directions
 
 
 def load(device: str = "cpu", size: int = 20_000) -> Dataset:

@@ -39,9 +39,7 @@ def test_the_data_are_the_mixture_and_always_the_same():
     assert torch.equal(data.rows[:100], bandit.load(size=80_000).rows[:100])
     distance, mode = torch.cdist(data.action, bandit.MODES).min(-1)
     torch.testing.assert_close(mode.bincount() / len(data), torch.full((8,), 1 / 8), atol=0.005, rtol=0)
-    assert (
-        torch.equal(data.reward, bandit.REWARDS[mode]) or (data.reward == bandit.REWARDS[mode]).float().mean() > 0.999
-    )
+    assert (data.reward == bandit.REWARDS[mode]).float().mean() > 0.999
     assert distance.square().mean().sqrt().item() == pytest.approx(math.sqrt(2) * bandit.STD, rel=0.01)
     assert (data.done == 1).all() and not data.obs.any()
 
@@ -104,13 +102,9 @@ def test_iql_is_compared_with_the_policy_its_v_is_the_value_of(tmp_path, monkeyp
 
 @pytest.mark.parametrize("path", ["vp", "gvp", "icfm"])
 def test_gmpo_learns_the_closed_form_on_every_path(tmp_path, path):
-    budget = dict(critic_steps=1_500, policy_steps=5_000, batch_size=128, policy_lr=3e-3, eval_every=100_000)
-    args = gmpo.Args(
-        env="bandit", path=path, solver="dpmpp", sampler_steps=32, run_dir=tmp_path / path, **budget, **STEP_FREE
-    )
-    result = gmpo.train(args)
+    result = gmpo.train(gmpo.Args(env="bandit", path=path, run_dir=tmp_path / path, eval_every=100_000, **STEP_FREE))
     assert result["eval/total_variation"] < 0.05
-    assert result["eval/off_modes"] < 0.5
+    assert result["eval/off_modes"] < 0.2
     assert (tmp_path / path / "bandit.png").stat().st_size > 10_000
 
 
