@@ -100,8 +100,8 @@ class Args:
     """mlp: the state beside the noisy action; paper: the reference's U-shaped net, the state through 32 numbers"""
     solver: Literal["ddim", "dpmpp", "euler", "midpoint", "rk4", "sde"] = "dpmpp"
     """how Eq. (6) is integrated; dpmpp is DPM-Solver++(2M)"""
-    sampler_steps: int = 16
-    """steps of the solver"""
+    sampler_steps: int | None = None
+    """steps of the solver; None: as PAPER says"""
     actions: Literal["data", "static", "resampled"] = "data"
     """data: Eq. (8); static: Eq. (9), K actions a state sampled once; resampled: Eq. (9), sampled afresh each step"""
     behaviour_steps: int | None = None
@@ -137,7 +137,7 @@ PAPER = {
     "*": dict(
         critic_lr=3e-4, critic_steps=1_000_000, behaviour_steps=1_000_000, policy_steps=2_000_000, batch_size=4096,
         policy_lr=1e-4, lr_decay=False, expectile=0.7, beta=4.0, weight_max=100.0, normalize_obs=False,
-        eval_every=50_000,
+        sampler_steps=16, eval_every=50_000,
     ),
     "halfcheetah-medium-v2": dict(critic_steps=1_220_000, policy_steps=2_440_000, beta=8.0),
     "halfcheetah-medium-expert-v2": dict(critic_steps=976_000, policy_steps=4_880_000, beta=1.0),
@@ -161,7 +161,7 @@ PAPER = {
     ),
     "bandit": dict(
         critic_lr=1e-3, critic_steps=1_500, behaviour_steps=8_000, policy_steps=8_000, batch_size=128,
-        policy_lr=3e-3, lr_decay=True, beta=2.0, eval_every=2_000,
+        policy_lr=6e-3, lr_decay=True, beta=2.0, sampler_steps=32, eval_every=2_000,
     ),
     "own file": dict(
         critic_steps=100_000, behaviour_steps=100_000, policy_steps=100_000, batch_size=256,

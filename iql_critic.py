@@ -271,7 +271,7 @@ def implicit_weights(u: torch.Tensor, args: Args, floor: float = 1e-3) -> torch.
     x = args.linex_alpha * u
     small = x.abs() < 1e-6
     x = torch.where(small, 1.0, x)
-    return torch.where(small, 1.0, (torch.exp(x.clamp(max=math.log(args.linex_max))) - 1) / x)
+    return torch.where(small, 1.0, torch.expm1(x.clamp(max=math.log(args.linex_max))) / x)
 
 
 # ------------------------------------------------------------------------------------------------------------------
