@@ -31,7 +31,8 @@ from tqdm import tqdm
 from common import TrainingError, UserError, datasets, environments
 from common.datasets import Dataset
 
-# What `--resume` may change: none of these alters the weights that a given step arrives at.
+# What `--resume` may change: none of these alters the weights that a given step arrives at, but for policy_steps with
+# lr_decay, where the learning rate follows the new length from then on.
 FREE = {
     "run_dir",
     "resume",
@@ -129,7 +130,7 @@ class Run:
         self.args, self.arguments = args, json.loads(json.dumps(dataclasses.asdict(args), default=str))
         self.config = {"algorithm": algorithm, "args": self.arguments} | _origin()
         self.start, self.seconds_before, self.best, self.last = time.time(), 0.0, -math.inf, {}
-        self.writer, self.warned = None, False
+        self.writer, self.warned, self.on_cuda = None, False, torch.device(args.device).type == "cuda"
         path = self.folder / "config.json"
         if not path.exists():
             return
@@ -164,8 +165,8 @@ class Run:
         except (KeyError, ValueError, RuntimeError):
             raise UserError(f"{path} has other networks; give the arguments in {self.folder / 'config.json'}") from None
         torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda_rng"])
+        if state["cuda_rng"] is not None and self.on_cuda:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.args.device)
         self.seconds_before, self.best, self.last = state["seconds"], state["best"], state["last"]
         return state["step"]
 
@@ -235,7 +236,7 @@ class Run:
         }
         state |= {
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            "cuda_rng": torch.cuda.get_rng_state(self.args.device) if self.on_cuda else None,
         }
         temporary = self.folder / "checkpoint.pt.tmp"
         with temporary.open("wb") as file:
@@ -260,6 +261,7 @@ class Run:
         name = "score" if "eval/score" in metrics else "return"
         spread = f" +- {metrics[f'eval/{name}_std']:.1f} over episodes" if f"eval/{name}_std" in metrics else ""
         best = f", best {self.best:.1f}" if math.isfinite(self.best) else ""
+        best += f", {metrics['eval/candidates']:.0f} candidates" if "eval/candidates" in metrics else ""
         print(f"last {name} {self._headline():.1f}{spread}{best}" if "eval/return" in metrics else "not evaluated")
         return metrics
 
@@ -270,7 +272,7 @@ class Run:
         shown = {
             k: f"{v:.3g}"
             for k, v in values.items()
-            if k in ("eval/score", "eval/return", "critic/v", "behaviour/loss", "policy/loss")
+            if k in ("eval/score", "eval/return", "eval/candidates", "critic/v", "behaviour/loss", "policy/loss")
         }
         self.bar.set_postfix(shown)
         if self.bar.disable and ("eval/return" in values or time.time() - self.printed > 10):
