@@ -16,9 +16,8 @@ from gymnasium.wrappers import RescaleAction, TransformAction, TransformObservat
 from common import UserError
 
 LOCOMOTION = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
-LOCOMOTION |= {"halfcheetah-demo": "HalfCheetah-v4"}
 ADROIT = {f: f"AdroitHand{f.capitalize()}-v1" for f in ("pen", "door", "hammer", "relocate")}
-ENVIRONMENTS = LOCOMOTION | ADROIT
+ENVIRONMENTS = LOCOMOTION | ADROIT | {"halfcheetah-demo": "HalfCheetah-v4"}  # the demo: another score, the same task
 # Gymnasium-Robotics has mazes and a kitchen too, but they are other tasks: a return there is no D4RL score.
 WITHOUT_ENVIRONMENT = ("antmaze", "maze2d", "kitchen")
 
@@ -102,7 +101,7 @@ def make(name: str) -> gymnasium.Env:
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         raise UserError(f"Cannot make the environment {name!r}: {error}") from error
 
-    if name in LOCOMOTION:
+    if name in LOCOMOTION or name == "halfcheetah-demo":
         restore_capsules(env.unwrapped.model, keep_total_mass="halfcheetah" in name)
         restore_margins(env.unwrapped.model)
     if name == "ant":  # D4RL's 111 numbers end in 84 contact forces, which MuJoCo 2.1.0 left at zero
