@@ -58,8 +58,8 @@ def current() -> str:
     """README.md with these parts made anew."""
     text = (ROOT / "README.md").read_text()
     for name, content in (("equations", equation_table()), ("differences", differences())):
-        pattern = rf"(<!-- {name}: made by tests/readme.py -->\n).*?(\n<!-- end -->)"
-        text = re.sub(pattern, lambda match, content=content: match[1] + content + match[2], text, flags=re.S)
+        pattern = rf"(<!-- {name}: made by tests/readme.py -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text, flags=re.S)
     return text
 
 

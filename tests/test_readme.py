@@ -58,3 +58,9 @@ def test_the_commands_run_in_their_order(folder):
     for command in COMMANDS:
         done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def test_making_the_parts_leaves_the_rest_alone():
+    headings = re.findall(r"^## .*", TEXT, re.M)
+    assert re.findall(r"^## .*", readme.current(), re.M) == headings and len(headings) >= 7
+    assert TEXT.count("<!-- end -->") == 2
