@@ -16,6 +16,7 @@ OBS, ACT = 3, 2
 
 def args_of(**changes):
     values = dict(device="cpu", expectile=0.7, beta=1.0, extraction="argmax", candidates=4, weight_decay=0.0)
+    values |= dict(diffusion_steps=5, schedule="vp", ema_rate=0.001)
     return idql.Args(**values | changes)
 
 
