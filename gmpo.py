@@ -229,7 +229,7 @@ class Value(nn.Module):
 class StateMLP(nn.Module):
     """net(x_t, t, s), the state beside the noisy action: (B, A), (B,), (B, O) -> (B, A)."""
 
-    # differs from the paper: its net (`--network paper`) is 20 times as large and sees the state through 32 numbers
+    # differs from the paper: its net (`--network paper`) is 11 times as large and sees the state through 32 numbers
 
     def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int, width: int = 256):
         super().__init__()
