@@ -37,6 +37,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +47,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import bandit, datasets, environments, runs, samplers
+from common import bandit, datasets, environments, runs, samplers, training
+from common.training import Adam, Draws, Seeds, Update
 
 # ------------------------------------------------------------------------------------------------------------------
 # 1. Arguments
@@ -62,8 +64,16 @@ class Args:
     """of networks, batches and noise; the evaluation has a stream of its own"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
+    num_seeds: int = 1
+    """seeds trained side by side in this process: seed, seed + 1, ..., each as if alone, each with its own folder"""
+    compile: bool = False
+    """compile the updates and the sampler: a minute's wait, then faster steps"""
+    cudagraph: bool = False
+    """replay each update as one CUDA graph; no effect without a GPU"""
+    bf16: bool = False
+    """hidden layers of the losses in bfloat16; targets, sums, Adam and acting stay in float32"""
     run_dir: Path | None = None
-    """the run's folder; None: runs/<env>/gmpo/seed<seed>"""
+    """the run's folder; None: runs/<env>/gmpo/seed<seed>; with several seeds, of their folders seed<seed>"""
     resume: bool = False
     """go on from the run folder's checkpoint, if there is one"""
     eval_only: bool = False
@@ -190,12 +200,20 @@ class Normalize(nn.Module):
         return (obs - self.mean) / self.std
 
 
+class Output(nn.Linear):
+    """The last layer of a critic, in float32 whatever `--bf16` says: bfloat16 would round a V of 50 to quarters."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
     """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
     # differs from GMPO's and IDQL's code: they have torch's default and Xavier-uniform; one critic serves all files
     layers = []
-    for size_in, size_out in zip(sizes, sizes[1:]):
-        linear = nn.Linear(size_in, size_out)
+    for i, (size_in, size_out) in enumerate(pairwise(sizes)):
+        linear = (Output if i == len(sizes) - 2 else nn.Linear)(size_in, size_out)
         nn.init.orthogonal_(linear.weight, math.sqrt(2))
         nn.init.zeros_(linear.bias)
         layers += [linear, nn.ReLU(), *([nn.Dropout(dropout)] if dropout else [])]
@@ -315,17 +333,23 @@ def d_alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tenso
     return -torch.ones_like(t), torch.ones_like(t)
 
 
-def matching_loss(net: nn.Module, action: torch.Tensor, obs: torch.Tensor, args: Args) -> torch.Tensor:
-    """Eq. (5) of each sample, summed over action dimensions: (B, A), (B, O) -> (B,)."""
-    eps = torch.randn_like(action)
-    t = torch.rand(len(action), device=action.device).clamp(min=1e-5)  # sigma'_t of vp is infinite at 0
+def matching_noise(shape: tuple[int, ...], action_dim: int, args: Args, generator: torch.Generator) -> dict:
+    """What `matching_loss` draws for samples of any shape (...): t (...), eps (..., A), for icfm also blur (..., A)."""
+    same = dict(device=generator.device, generator=generator)
+    noise = {"t": torch.rand(shape, **same), "eps": torch.randn(*shape, action_dim, **same)}
+    return noise | ({"blur": torch.randn(*shape, action_dim, **same)} if args.path == "icfm" else {})
+
+
+def matching_loss(net: nn.Module, action: torch.Tensor, obs: torch.Tensor, noise: dict, args: Args) -> torch.Tensor:
+    """Eq. (5) of each sample, summed over action dimensions: (B, A), (B, O) -> (B,). Noise: see `matching_noise`."""
+    t, eps = noise["t"].clamp(min=1e-5), noise["eps"]  # sigma'_t of vp is infinite at 0
     alpha, sigma = alpha_sigma(t[:, None], args.path)
     x = alpha * action + sigma * eps  # Eq. (4)
     d_alpha, d_sigma = d_alpha_sigma(t[:, None], args.path)
     target = eps if PREDICTS[args.path] == "noise" else d_alpha * action + d_sigma * eps
     if args.path == "icfm":
         # differs from the reference code: no such noise by default; its 0.1 adds that standard deviation to the actions
-        x = x + args.icfm_sigma * torch.randn_like(x)
+        x = x + args.icfm_sigma * noise["blur"]
     return 0.5 * (net(x, t, obs) - target).square().sum(-1)  # Eq. (5)
 
 
@@ -350,15 +374,21 @@ def noise_prediction(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torc
     return (alpha * out - d_alpha * x) / determinant
 
 
-def sample(net: nn.Module, obs: torch.Tensor, args: Args, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Eq. (6): noise to actions, (B, O) -> (B, A), not clipped."""
+def acting_noise(batch: int, action_dim: int, args: Args, generator: torch.Generator) -> dict:
+    """What `sample` draws: (n, B, A), the start and, for the SDE, the noise of each step."""
+    count = 1 + (args.sampler_steps if args.solver == "sde" else 0)
+    return {"x": torch.randn(count, batch, action_dim, device=generator.device, generator=generator)}
+
+
+def sample(net: nn.Module, obs: torch.Tensor, noise: dict, args: Args) -> torch.Tensor:
+    """Eq. (6): noise to actions, (B, O) -> (B, A), not clipped. Noise: see `acting_noise`."""
     # differs from the paper: DPM-Solver++(2M) with 16 steps for Euler with 31
-    x = torch.randn(len(obs), net.action_dim, device=obs.device, generator=generator)
+    x, *z = noise["x"]
     if args.solver in ("euler", "midpoint", "rk4"):
         return samplers.ode(lambda x, t: velocity(net, x, t, obs, args.path), x, args.sampler_steps, args.solver)
     eps, schedule = lambda x, t: noise_prediction(net, x, t, obs, args.path), partial(alpha_sigma, path=args.path)
     if args.solver == "sde":
-        return samplers.sde(eps, schedule, x, args.sampler_steps, generator)
+        return samplers.sde(eps, schedule, x, torch.stack(z))
     return {"ddim": samplers.ddim, "dpmpp": samplers.dpm_solver_pp}[args.solver](eps, schedule, x, args.sampler_steps)
 
 
@@ -404,11 +434,11 @@ def q_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Ten
     return loss, {"critic/q_loss": loss.detach(), "critic/q": q.detach().mean()}
 
 
-def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> None:
+@torch.no_grad()
+def update_target(target: list[torch.Tensor], online: list[torch.Tensor], target_rate: float) -> None:
     """Eq. (3), in place: target_rate is the share of the NEW weights."""
-    with torch.no_grad():
-        for old, new in zip(target.parameters(), online.parameters()):
-            old.lerp_(new, target_rate)
+    for old, new in zip(target, online):
+        old.lerp_(new, target_rate)
 
 
 @torch.no_grad()
@@ -434,51 +464,59 @@ def effective_share(weight: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def candidates(
-    critic: Critic, behaviour: nn.Module, obs: torch.Tensor, args: Args, generator: torch.Generator | None = None
+    critic: Critic, behaviour: nn.Module, obs: torch.Tensor, noise: dict, args: Args
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The K sampled actions of each state in Eq. (9) and their weights: (B, O) -> (B, K, A), (B, K)."""
+    """The K sampled actions of each state in Eq. (9) and their weights: (B, O) -> (B, K, A), (B, K).
+
+    Noise: see `acting_noise`, for B K samples.
+    """
     # differs from the reference code: there the samples of different states are mixed up, and Eq. (9) crashes
     repeated = obs.repeat_interleave(args.candidates, 0)  # (B K, O), the K rows of a state side by side
-    action = sample(behaviour, repeated, args, generator).clamp(-1, 1)
+    action = sample(behaviour, repeated, noise, args).clamp(-1, 1)
     q = critic.q(repeated, action).amin(0).view(-1, args.candidates)
     return action.view(len(obs), args.candidates, -1), torch.softmax(args.beta * q, -1)
 
 
 @torch.no_grad()
-def weighted_actions(models: dict, data: datasets.Dataset, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Actions and weights of all states, once, since critic and behaviour are frozen by now: (N, K, A), (N, K)."""
+def weighted_actions(models: dict, seed: int, data: datasets.Dataset, args: Args) -> dict[str, torch.Tensor]:
+    """Weights (N, K) and sampled actions (N, K, A) of all states, once, as critic and behaviour are frozen by now."""
     if args.actions == "data":
-        return data.action[:, None], weights(advantages(models["critic"], data), args)[:, None]
-    generator = torch.Generator(args.device).manual_seed(args.seed)  # so that a resumed run draws the same actions
-    chunks = [candidates(models["critic"], models["behaviour"], obs, args, generator) for obs in data.obs.split(8192)]
-    return tuple(torch.cat(parts) for parts in zip(*chunks))
+        return {"weight": weights(advantages(models["critic"], data), args)[:, None]}  # the actions are in the batch
+    generator, chunks = training.generator(args.device, seed, 0, 2), []
+    for obs in data.obs.split(8192):
+        noise = acting_noise(len(obs) * args.candidates, data.action_dim, args, generator)
+        chunks.append(candidates(models["critic"], models["behaviour"], obs, noise, args))
+    return {name: torch.cat(parts) for name, parts in zip(("action", "weight"), zip(*chunks))}
 
 
 def policy_loss(
-    policy: nn.Module, obs: torch.Tensor, action: torch.Tensor, weight: torch.Tensor, args: Args
+    policy: nn.Module, obs: torch.Tensor, action: torch.Tensor, weight: torch.Tensor, noise: dict, args: Args
 ) -> tuple[torch.Tensor, dict]:
-    """Eq. (8) with the one action a state that the data has, Eq. (9) with K sampled ones: (B, O), (B, K, A), (B, K)."""
+    """Eq. (8) with the one action a state that the data has, Eq. (9) with K sampled ones: (B, O), (B, K, A), (B, K).
+
+    Noise: see `matching_noise`, for samples of shape (B K,).
+    """
     repeated = obs.repeat_interleave(action.shape[1], 0)  # (B K, O)
-    matching = matching_loss(policy, action.flatten(0, 1), repeated, args).view_as(weight)
+    matching = matching_loss(policy, action.flatten(0, 1), repeated, noise, args).view_as(weight)
     loss = (weight * matching).sum(-1).mean()
     clipped = (weight >= args.weight_max).float().mean()
     metrics = {"policy/weight": weight.mean(), "policy/clipped": clipped, "policy/ess": effective_share(weight)}
     return loss, {"policy/loss": loss.detach(), **metrics}
 
 
-def act(models: dict, obs: torch.Tensor, args: Args, generator: torch.Generator | None = None) -> torch.Tensor:
-    """(B, O) -> (B, A) in [-1, 1]."""
-    return sample(models["policy"], obs, args, generator).clamp(-1, 1)
+def act(models: dict, obs: torch.Tensor, noise: dict, args: Args) -> torch.Tensor:
+    """(B, O) -> (B, A) in [-1, 1]. Noise: see `acting_noise`."""
+    return sample(models["policy"], obs, noise, args).clamp(-1, 1)
 
 
-def load_policy(path: str | Path, device: str = "cpu") -> Callable:
+def load_policy(path: str | Path, device: str = "cpu", seed: int = 0) -> Callable:
     """A run's policy (its folder or checkpoint.pt) as act(obs): numpy or torch, (B, O) or (O,) -> actions in kind."""
     checkpoint = runs.load_checkpoint(path)
-    args = Args(**checkpoint["args"])
-    models = build(*checkpoint["sizes"], args)
+    args, sizes = Args(**checkpoint["args"] | {"device": device}), checkpoint["sizes"]
+    models, generator = build(*sizes, args), torch.Generator(device).manual_seed(seed)
     for name, model in models.items():
         model.to(device).load_state_dict(checkpoint[name])
-    return runs.numpy_or_torch(lambda obs: act(models, obs, args), device)
+    return runs.numpy_or_torch(lambda o: act(models, o, acting_noise(len(o), sizes[1], args, generator), args), device)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -486,34 +524,44 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 
 
 @torch.no_grad()
-def evaluate(models: dict, data: datasets.Dataset, run: runs.Run, args: Args, step: int) -> dict:
-    """Score of args.eval_episodes episodes in lock-step, one batched policy call a step; a random stream of its own."""
-    seed = int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0])
-    generator = torch.Generator(args.device).manual_seed(seed)
+def evaluate(
+    seeds: Seeds, actor: Callable, data: datasets.Dataset, run: runs.Run, args: Args, step: int
+) -> dict[str, np.ndarray]:
+    """Scores of args.eval_episodes episodes a seed, all in lock-step, one batched policy call a step: each (S,).
+
+    Every seed has a random stream of its own here, so that evaluating more often changes no weight.
+    """
+    streams = [training.generator(args.device, seed, step, 1) for seed in seeds.numbers]
     if args.env == "bandit":
-        return evaluate_bandit(models, data, run, args, step, generator)
+        parts = zip(streams, run.folders)
+        return training.gather(seeds.each(lambda models, _: evaluate_bandit(models, data, *next(parts), args, step)))
     if args.eval_env is None:
         return {}
-    envs = gymnasium.vector.SyncVectorEnv([partial(environments.make, args.eval_env)] * args.eval_episodes)
-    obs, _ = envs.reset(seed=seed)
-    total, over = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, bool)
+    each = args.eval_episodes
+    starts = [int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) for seed in seeds.numbers]
+    envs = gymnasium.vector.SyncVectorEnv([partial(environments.make, args.eval_env)] * (seeds.count * each))
+    obs, _ = envs.reset(seed=[start + k for start in starts for k in range(each)])
+    total, over = np.zeros(len(obs)), np.zeros(len(obs), bool)
     while not over.all():
-        action = act(models, torch.as_tensor(obs, dtype=torch.float32, device=args.device), args, generator)
+        batch = seeds.split(torch.as_tensor(obs, dtype=torch.float32, device=args.device))
+        noise = seeds.join([acting_noise(each, data.action_dim, args, stream) for stream in streams])
+        action = actor(obs=batch, **noise)["action"].flatten(0, -2)  # (S B, A)
         obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
         total += reward * ~over  # a finished environment starts again; those rewards do not count
         over |= terminated | truncated
     envs.close()
-    metrics = {"eval/return": total.mean(), "eval/return_std": total.std()}
+    total = total.reshape(seeds.count, each)
+    metrics = {"eval/return": total.mean(1), "eval/return_std": total.std(1)}
     score = environments.normalized_score(total, args.eval_env)
-    return metrics if score is None else metrics | {"eval/score": score.mean(), "eval/score_std": score.std()}
+    return metrics if score is None else metrics | {"eval/score": score.mean(1), "eval/score_std": score.std(1)}
 
 
 def evaluate_bandit(
-    models: dict, data: datasets.Dataset, run: runs.Run, args: Args, step: int, generator: torch.Generator
-) -> dict:
+    models: dict, data: datasets.Dataset, stream: torch.Generator, folder: runs.Folder, args: Args, step: int
+) -> dict[str, float]:
     """Samples against the closed form mu exp(beta Q) / Z."""
-    action = act(models, data.obs[:4096], args, generator)
-    return bandit.report(action, torch.softmax(args.beta * bandit.REWARDS, -1), run, step)
+    action = act(models, data.obs[:4096], acting_noise(4096, data.action_dim, args, stream), args)
+    return bandit.report(action, torch.softmax(args.beta * bandit.REWARDS, -1), folder, step)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -529,77 +577,99 @@ def build(obs_dim: int, action_dim: int, args: Args) -> dict[str, nn.Module]:
     return models
 
 
-def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """One gradient step."""
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+def descend(seeds: Seeds, optimizer: Adam, loss: Callable, *inputs) -> dict:
+    """One gradient step down `loss(models, *inputs) -> (loss, metrics)`; returns the metrics."""
+    with seeds.autocast():
+        value, metrics = seeds(loss, *inputs)
+    optimizer.step(torch.autograd.grad(value.sum(), optimizer.parameters))  # the sum over seeds: each has its own
+    return metrics
 
 
-def critic_step(critic: Critic, optimizers: dict, batch: datasets.Batch, args: Args) -> dict:
-    """Eqs. (1), (2), (3), in this order."""
-    loss, v_metrics = v_loss(critic, batch, args)
-    descend(optimizers["v_optimizer"], loss)
-    loss, q_metrics = q_loss(critic, batch, args)
-    descend(optimizers["q_optimizer"], loss)
-    update_target(critic.target_q, critic.q, args.target_rate)
-    return v_metrics | q_metrics
+def critic_step(seeds: Seeds, optimizers: dict, batch: datasets.Batch, args: Args) -> dict:
+    """Eqs. (1), (2), (3), in this order, and in place."""
+    metrics = descend(seeds, optimizers["v_optimizer"], lambda m, batch: v_loss(m["critic"], batch, args), batch)
+    metrics |= descend(seeds, optimizers["q_optimizer"], lambda m, batch: q_loss(m["critic"], batch, args), batch)
+    update_target(seeds.parameters("critic.target_q"), seeds.parameters("critic.q"), args.target_rate)
+    return metrics
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float, progress: float, decay: bool) -> None:
-    """`lr`, or with `decay` its cosine from 1 to 0 as `progress` goes from 0 to 1."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * (0.5 * (1 + math.cos(math.pi * progress)) if decay else 1)
+def behaviour_step(seeds: Seeds, optimizers: dict, batch: datasets.Batch, noise: dict, args: Args) -> dict:
+    """Eq. (5), every weight 1."""
+
+    def loss(models: dict, batch: datasets.Batch, noise: dict) -> tuple[torch.Tensor, dict]:
+        loss = matching_loss(models["behaviour"], batch.action, batch.obs, noise, args).mean()
+        return loss, {"behaviour/loss": loss.detach()}
+
+    return descend(seeds, optimizers["behaviour_optimizer"], loss, batch, noise)
+
+
+def policy_step(seeds: Seeds, optimizers: dict, batch: datasets.Batch, rows: dict, noise: dict, args: Args) -> dict:
+    """Eq. (8) or (9); `rows` are the batch's rows of `weighted_actions`."""
+
+    def loss(models: dict, batch: datasets.Batch, rows: dict, noise: dict) -> tuple[torch.Tensor, dict]:
+        if args.actions == "resampled":
+            action, weight = candidates(models["critic"], models["behaviour"], batch.obs, noise, args)
+        else:
+            action, weight = rows.get("action", batch.action[:, None]), rows["weight"]
+        return policy_loss(models["policy"], batch.obs, action, weight, noise, args)
+
+    return descend(seeds, optimizers["policy_optimizer"], loss, batch, rows, noise)
+
+
+def draw(n: int, generator: torch.Generator, phase: str, data: datasets.Dataset, args: Args) -> dict:
+    """The random numbers of n steps of a phase: name -> (n, ...)."""
+    numbers = {"index": torch.randint(len(data), (n, args.batch_size), device=args.device, generator=generator)}
+    if phase == "critic":
+        return numbers
+    each = args.batch_size * (args.candidates if phase == "policy" and args.actions != "data" else 1)
+    numbers |= matching_noise((n, each), data.action_dim, args, generator)
+    if phase == "policy" and args.actions == "resampled":
+        x = [acting_noise(each, data.action_dim, args, generator)["x"] for _ in range(n)]
+        numbers["x"] = torch.stack(x)
+    return numbers
 
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
     args = runs.fill_in(args, PAPER)
     run = runs.Run(args, "gmpo")
-    torch.manual_seed(args.seed)
     data = datasets.load(args.env, args.device, args.eval_env, args.allow_unverified)
-    models = build(data.obs_dim, data.action_dim, args)
-    runs.prepare(models, data, args)
-    critic, policy, behaviour = models["critic"], models["policy"], models.get("behaviour")
+    sizes = data.obs_dim, data.action_dim
+    seeds = Seeds(lambda seed: runs.prepare(build(*sizes, args), data, args, seed), args)
+    lasting = {"behaviour": args.behaviour_steps, "policy": args.policy_steps}
+    if args.actions == "data":
+        del lasting["behaviour"]
     optimizers = {
-        "v_optimizer": torch.optim.Adam(critic.v.parameters(), args.critic_lr, fused=True),
-        "q_optimizer": torch.optim.Adam(critic.q.parameters(), args.critic_lr, fused=True),
-        "policy_optimizer": torch.optim.Adam(policy.parameters(), args.policy_lr, fused=True),
+        "v_optimizer": Adam(seeds, "critic.v", args.critic_lr),
+        "q_optimizer": Adam(seeds, "critic.q", args.critic_lr),
     }
-    if behaviour:
-        optimizers["behaviour_optimizer"] = torch.optim.Adam(behaviour.parameters(), args.policy_lr, fused=True)
-    start = run.restore(models | optimizers)
-    if args.eval_only:
-        return run.show(evaluate(models, data, run, args, start))
+    for part, steps in lasting.items():
+        optimizers[f"{part}_optimizer"] = Adam(seeds, part, args.policy_lr, steps if args.lr_decay else None)
+    start, table = run.restore(seeds, optimizers), {}
 
-    behaviour_start = args.critic_steps  # the phases: critic, behaviour if there is one, policy
-    policy_start = behaviour_start + (args.behaviour_steps if behaviour else 0)
-    total, table = policy_start + args.policy_steps, None
+    updates = {
+        "critic": lambda index: critic_step(seeds, optimizers, data[index], args),
+        "behaviour": lambda index, **noise: behaviour_step(seeds, optimizers, data[index], noise, args),
+        "policy": lambda index, **noise: policy_step(
+            seeds, optimizers, data[index], seeds.rows(table, index), noise, args
+        ),
+    }
+    updates = {phase: Update(update, args) for phase, update in updates.items()}
+    draws = {phase: Draws(seeds, partial(draw, phase=phase, data=data, args=args)) for phase in updates}
+    actor = Update(lambda obs, **noise: {"action": seeds(partial(act, args=args), obs, noise)}, args)
+    if args.eval_only:
+        return run.show(evaluate(seeds, actor, data, run, args, start))
+
+    policy_start = args.critic_steps + lasting.get("behaviour", 0)  # the phases: critic, behaviour if any, policy
+    total = policy_start + args.policy_steps
     for step in run.steps(start, total):
-        index = torch.randint(len(data), (args.batch_size,), device=args.device)
-        batch = data[index]
-        if step <= behaviour_start:
-            metrics = critic_step(critic, optimizers, batch, args)
-        elif step <= policy_start:
-            progress = (step - behaviour_start) / args.behaviour_steps
-            set_lr(optimizers["behaviour_optimizer"], args.policy_lr, progress, args.lr_decay)
-            loss = matching_loss(behaviour, batch.action, batch.obs, args).mean()
-            descend(optimizers["behaviour_optimizer"], loss)
-            metrics = {"behaviour/loss": loss.detach()}
-        else:
-            if args.actions == "resampled":
-                action, weight = candidates(critic, behaviour, batch.obs, args)
-            else:
-                table = table or weighted_actions(models, data, args)
-                action, weight = table[0][index], table[1][index]
-            set_lr(
-                optimizers["policy_optimizer"], args.policy_lr, (step - policy_start) / args.policy_steps, args.lr_decay
-            )
-            loss, metrics = policy_loss(policy, batch.obs, action, weight, args)
-            descend(optimizers["policy_optimizer"], loss)
-            if step % args.eval_every == 0 or step == total:
-                metrics |= evaluate(models, data, run, args, step)
-        run.record(step, metrics, models | optimizers, sizes=(data.obs_dim, data.action_dim))
+        phase = "critic" if step <= args.critic_steps else "behaviour" if step <= policy_start else "policy"
+        if phase == "policy" and args.actions != "resampled" and not table:
+            table |= seeds.join(seeds.each(partial(weighted_actions, data=data, args=args)))
+        metrics = updates[phase](**draws[phase](step))
+        if phase == "policy" and (step % args.eval_every == 0 or step == total):
+            metrics |= evaluate(seeds, actor, data, run, args, step)
+        run.record(step, metrics, seeds, optimizers, sizes=sizes)
     return run.finish()
 
 

@@ -34,6 +34,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -42,7 +43,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common import bandit, datasets, environments, runs, samplers
+from common import bandit, datasets, environments, runs, samplers, training
+from common.training import Adam, Draws, Seeds, Update
 
 # ------------------------------------------------------------------------------------------------------------------
 # 1. Arguments
@@ -58,8 +60,16 @@ class Args:
     """of networks, batches and noise; the evaluation has a stream of its own"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
+    num_seeds: int = 1
+    """seeds trained side by side in this process: seed, seed + 1, ..., each as if alone, each with its own folder"""
+    compile: bool = False
+    """compile the updates and the sampler: a minute's wait, then faster steps"""
+    cudagraph: bool = False
+    """replay each update as one CUDA graph; no effect without a GPU"""
+    bf16: bool = False
+    """hidden layers of the losses in bfloat16; targets, sums, Adam and acting stay in float32"""
     run_dir: Path | None = None
-    """the run's folder; None: runs/<env>/idql/seed<seed>"""
+    """the run's folder; None: runs/<env>/idql/seed<seed>; with several seeds, of their folders seed<seed>"""
     resume: bool = False
     """go on from the run folder's checkpoint, if there is one"""
     eval_only: bool = False
@@ -180,12 +190,20 @@ class Normalize(nn.Module):
         return (obs - self.mean) / self.std
 
 
+class Output(nn.Linear):
+    """The last layer of a critic, in float32 whatever `--bf16` says: bfloat16 would round a V of 50 to quarters."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
     """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
     # differs from GMPO's and IDQL's code: they have torch's default and Xavier-uniform; one critic serves all files
     layers = []
-    for size_in, size_out in zip(sizes, sizes[1:]):
-        linear = nn.Linear(size_in, size_out)
+    for i, (size_in, size_out) in enumerate(pairwise(sizes)):
+        linear = (Output if i == len(sizes) - 2 else nn.Linear)(size_in, size_out)
         nn.init.orthogonal_(linear.weight, math.sqrt(2))
         nn.init.zeros_(linear.bias)
         layers += [linear, nn.ReLU(), *([nn.Dropout(dropout)] if dropout else [])]
@@ -264,33 +282,39 @@ class LNResNet(nn.Module):
 # 3. The generative model
 
 
-def betas(args: Args) -> torch.Tensor:
+def betas(args: Args, device: str | torch.device = "cpu") -> torch.Tensor:
     """The (T,) noise variances of Eq. (15)."""
     steps = args.diffusion_steps
-    i = torch.arange(1, steps + 1, dtype=torch.float64)
+    i = torch.arange(1, steps + 1, dtype=torch.float64, device=device)
     if args.schedule == "vp":
         return (1 - torch.exp(-0.1 / steps - 0.5 * 9.9 * (2 * i - 1) / steps**2)).float()
     if args.schedule == "cosine":
         bar = torch.cos((torch.cat([i[:1] - 1, i]) / steps + 0.008) / 1.008 * math.pi / 2).square()
     else:  # 5 of DDPM's 1000 betas would leave 95 % of the signal: take the product of 1000 / T at a time
-        full = torch.cat([i.new_ones(1), (1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)).cumprod(0)])
-        bar = full[(torch.arange(steps + 1) * 1000 / steps).round().long()]
+        full = torch.cat([i.new_ones(1), (1 - torch.linspace(1e-4, 2e-2, 1000).to(i)).cumprod(0)])
+        bar = full[(torch.cat([i[:1] - 1, i]) * 1000 / steps).round().long()]
     return (1 - bar[1:] / bar[:-1]).clamp(max=0.999).float()
 
 
-def noise_loss(net: nn.Module, action: torch.Tensor, obs: torch.Tensor, args: Args) -> torch.Tensor:
-    """Eq. (16) of each sample: (B, A), (B, O) -> (B,)."""
-    bar = (1 - betas(args).to(action.device)).cumprod(0)
-    t = torch.randint(args.diffusion_steps, (len(action),), device=action.device)
-    eps = torch.randn_like(action)
-    x = bar[t, None].sqrt() * action + (1 - bar[t, None]).sqrt() * eps  # Eq. (15)
+def matching_noise(shape: tuple[int, ...], action_dim: int, args: Args, generator: torch.Generator) -> dict:
+    """What `noise_loss` draws for samples of any shape (...): t (...), eps (..., A)."""
+    same = dict(device=generator.device, generator=generator)
+    t = torch.randint(args.diffusion_steps, shape, **same)
+    return {"t": t, "eps": torch.randn(*shape, action_dim, **same)}
+
+
+def noise_loss(net: nn.Module, action: torch.Tensor, obs: torch.Tensor, noise: dict, args: Args) -> torch.Tensor:
+    """Eq. (16) of each sample: (B, A), (B, O) -> (B,). Noise: see `matching_noise`."""
+    t, eps = noise["t"], noise["eps"]
+    bar = (1 - betas(args, action.device)).cumprod(0)[t, None]  # (B, 1)
+    x = bar.sqrt() * action + (1 - bar).sqrt() * eps  # Eq. (15)
     return (net(x, t.float(), obs) - eps).square().sum(-1)
 
 
-def denoise(net: nn.Module, obs: torch.Tensor, args: Args, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Eq. (17): noise to actions, (B, O) -> (B, A) in [-1, 1]."""
-    x = torch.randn(len(obs), net.action_dim, device=obs.device, generator=generator)
-    return samplers.ddpm(lambda x, t: net(x, t.expand(len(x)), obs), betas(args).to(obs.device), x, generator)
+def denoise(net: nn.Module, obs: torch.Tensor, noise: torch.Tensor, args: Args) -> torch.Tensor:
+    """Eq. (17): noise to actions, (B, O), (1 + T, B, A) -> (B, A) in [-1, 1]."""
+    x, z = noise[0], noise[1:]
+    return samplers.ddpm(lambda x, t: net(x, t.expand(len(x)), obs), betas(args, obs.device), x, z)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -335,11 +359,11 @@ def q_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Ten
     return loss, {"critic/q_loss": loss.detach(), "critic/q": q.detach().mean()}
 
 
-def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> None:
+@torch.no_grad()
+def update_target(target: list[torch.Tensor], online: list[torch.Tensor], target_rate: float) -> None:
     """Eq. (3), in place: target_rate is the share of the NEW weights."""
-    with torch.no_grad():
-        for old, new in zip(target.parameters(), online.parameters()):
-            old.lerp_(new, target_rate)
+    for old, new in zip(target, online):
+        old.lerp_(new, target_rate)
 
 
 def implicit_weights(u: torch.Tensor, args: Args, floor: float = 1e-3) -> torch.Tensor:
@@ -360,38 +384,45 @@ def implicit_weights(u: torch.Tensor, args: Args, floor: float = 1e-3) -> torch.
 # 5. The policy
 
 
-def policy_loss(policy: nn.Module, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
-    """Eq. (16): plain behaviour cloning, the critic has no part in it."""
-    loss = noise_loss(policy.train(), batch.action, batch.obs, args).mean()
+def policy_loss(policy: nn.Module, batch: datasets.Batch, noise: dict, args: Args) -> tuple[torch.Tensor, dict]:
+    """Eq. (16): plain behaviour cloning, the critic has no part in it. Noise: see `matching_noise`."""
+    loss = noise_loss(policy.train(), batch.action, batch.obs, noise, args).mean()
     return loss, {"behaviour/loss": loss.detach()}
 
 
-def choose(q: torch.Tensor, v: torch.Tensor, args: Args, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Which candidate: (B, N), (B,) -> (B,)."""
+def choose(q: torch.Tensor, v: torch.Tensor, u: torch.Tensor, args: Args) -> torch.Tensor:
+    """Which candidate: (B, N), (B,), (B,) -> (B,). A draw is the place where u, uniform in [0, 1), falls."""
     if args.extraction == "argmax":
         return q.argmax(-1)  # Eq. (18)
     softmax = args.extraction == "softmax"
     weight = torch.softmax(args.beta * q, -1) if softmax else implicit_weights(q - v[:, None], args)  # Eq. (11)
-    return torch.multinomial(weight, 1, generator=generator).squeeze(-1)
+    share = weight.cumsum(-1) / weight.sum(-1, keepdim=True)
+    return (share <= u[:, None]).sum(-1).clamp(max=args.candidates - 1)
 
 
-def act(models: dict, obs: torch.Tensor, args: Args, generator: torch.Generator | None = None) -> torch.Tensor:
-    """The N candidates of all states in one batch, then one a state: (B, O) -> (B, A) in [-1, 1]."""
+def acting_noise(batch: int, action_dim: int, args: Args, generator: torch.Generator) -> dict:
+    """What `act` draws: noise x for the T steps of all candidates (1 + T, B N, A), and u (B,) to choose among them."""
+    same, shape = dict(device=generator.device, generator=generator), (batch * args.candidates, action_dim)
+    return {"x": torch.randn(1 + args.diffusion_steps, *shape, **same), "u": torch.rand(batch, **same)}
+
+
+def act(models: dict, obs: torch.Tensor, noise: dict, args: Args) -> torch.Tensor:
+    """The N candidates of all states in one batch, then one a state: (B, O) -> (B, A). Noise: see `acting_noise`."""
     critic, repeated = models["critic"], obs.repeat_interleave(args.candidates, 0)  # (B N, O)
-    action = denoise(models["ema"].eval(), repeated, args, generator)
+    action = denoise(models["ema"].eval(), repeated, noise["x"], args)
     q = critic.target_q(repeated, action).amin(0).view(-1, args.candidates)  # (B, N)
-    chosen = choose(q, critic.v(obs), args, generator)
+    chosen = choose(q, critic.v(obs), noise["u"], args)
     return action.view(len(obs), args.candidates, -1)[torch.arange(len(obs), device=obs.device), chosen]
 
 
-def load_policy(path: str | Path, device: str = "cpu") -> Callable:
+def load_policy(path: str | Path, device: str = "cpu", seed: int = 0) -> Callable:
     """A run's policy (its folder or checkpoint.pt) as act(obs): numpy or torch, (B, O) or (O,) -> actions in kind."""
     checkpoint = runs.load_checkpoint(path)
-    args = Args(**checkpoint["args"])
-    models = build(*checkpoint["sizes"], args)
+    args, sizes = Args(**checkpoint["args"] | {"device": device}), checkpoint["sizes"]
+    models, generator = build(*sizes, args), torch.Generator(device).manual_seed(seed)
     for name, model in models.items():
         model.to(device).load_state_dict(checkpoint[name])
-    return runs.numpy_or_torch(lambda obs: act(models, obs, args), device)
+    return runs.numpy_or_torch(lambda o: act(models, o, acting_noise(len(o), sizes[1], args, generator), args), device)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -399,31 +430,41 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 
 
 @torch.no_grad()
-def evaluate(models: dict, data: datasets.Dataset, run: runs.Run, args: Args, step: int) -> dict:
-    """Score of args.eval_episodes episodes in lock-step, one batched policy call a step; a random stream of its own."""
-    seed = int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0])
-    generator = torch.Generator(args.device).manual_seed(seed)
+def evaluate(
+    seeds: Seeds, actor: Callable, data: datasets.Dataset, run: runs.Run, args: Args, step: int
+) -> dict[str, np.ndarray]:
+    """Scores of args.eval_episodes episodes a seed, all in lock-step, one batched policy call a step: each (S,).
+
+    Every seed has a random stream of its own here, so that evaluating more often changes no weight.
+    """
+    streams = [training.generator(args.device, seed, step, 1) for seed in seeds.numbers]
     if args.env == "bandit":
-        return evaluate_bandit(models, data, run, args, step, generator)
+        parts = zip(streams, run.folders)
+        return training.gather(seeds.each(lambda models, _: evaluate_bandit(models, data, *next(parts), args, step)))
     if args.eval_env is None:
         return {}
-    envs = gymnasium.vector.SyncVectorEnv([partial(environments.make, args.eval_env)] * args.eval_episodes)
-    obs, _ = envs.reset(seed=seed)
-    total, over = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, bool)
+    each = args.eval_episodes
+    starts = [int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) for seed in seeds.numbers]
+    envs = gymnasium.vector.SyncVectorEnv([partial(environments.make, args.eval_env)] * (seeds.count * each))
+    obs, _ = envs.reset(seed=[start + k for start in starts for k in range(each)])
+    total, over = np.zeros(len(obs)), np.zeros(len(obs), bool)
     while not over.all():
-        action = act(models, torch.as_tensor(obs, dtype=torch.float32, device=args.device), args, generator)
+        batch = seeds.split(torch.as_tensor(obs, dtype=torch.float32, device=args.device))
+        noise = seeds.join([acting_noise(each, data.action_dim, args, stream) for stream in streams])
+        action = actor(obs=batch, **noise)["action"].flatten(0, -2)  # (S B, A)
         obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
         total += reward * ~over  # a finished environment starts again; those rewards do not count
         over |= terminated | truncated
     envs.close()
-    metrics = {"eval/return": total.mean(), "eval/return_std": total.std()}
+    total = total.reshape(seeds.count, each)
+    metrics = {"eval/return": total.mean(1), "eval/return_std": total.std(1)}
     score = environments.normalized_score(total, args.eval_env)
-    return metrics if score is None else metrics | {"eval/score": score.mean(), "eval/score_std": score.std()}
+    return metrics if score is None else metrics | {"eval/score": score.mean(1), "eval/score_std": score.std(1)}
 
 
 def evaluate_bandit(
-    models: dict, data: datasets.Dataset, run: runs.Run, args: Args, step: int, generator: torch.Generator
-) -> dict:
+    models: dict, data: datasets.Dataset, stream: torch.Generator, folder: runs.Folder, args: Args, step: int
+) -> dict[str, float]:
     """Samples against the closed form of the extraction; argmax: the best of N draws of equally frequent modes."""
     values = torch.linspace(0, 1, 100_001)
     optimal_v = values[f(bandit.REWARDS[:, None] - values, args).mean(0).argmin()]  # Eq. (1) at its minimum
@@ -433,8 +474,9 @@ def evaluate_bandit(
         "implicit": implicit_weights(bandit.REWARDS - optimal_v, args),
         "softmax": torch.softmax(args.beta * bandit.REWARDS, -1),
     }[args.extraction]
-    action = torch.cat([act(models, obs, args, generator) for obs in data.obs[:4096].split(512)])
-    return bandit.report(action, target / target.sum(), run, step)
+    noises = [acting_noise(512, data.action_dim, args, stream) for _ in range(8)]  # in chunks, to spare memory
+    action = torch.cat([act(models, data.obs[:512], noise, args) for noise in noises])
+    return bandit.report(action, target / target.sum(), folder, step)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -452,65 +494,75 @@ def build(obs_dim: int, action_dim: int, args: Args) -> dict[str, nn.Module]:
     return {"critic": critic, "policy": policy, "ema": ema}
 
 
-def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """One gradient step."""
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+def descend(seeds: Seeds, optimizer: Adam, loss: Callable, *inputs) -> dict:
+    """One gradient step down `loss(models, *inputs) -> (loss, metrics)`; returns the metrics."""
+    with seeds.autocast():
+        value, metrics = seeds(loss, *inputs)
+    optimizer.step(torch.autograd.grad(value.sum(), optimizer.parameters))  # the sum over seeds: each has its own
+    return metrics
 
 
-def critic_step(critic: Critic, optimizers: dict, batch: datasets.Batch, args: Args) -> dict:
-    """Eqs. (1), (2), (3), in this order."""
-    loss, v_metrics = v_loss(critic, batch, args)
-    descend(optimizers["v_optimizer"], loss)
-    loss, q_metrics = q_loss(critic, batch, args)
-    descend(optimizers["q_optimizer"], loss)
-    update_target(critic.target_q, critic.q, args.target_rate)
-    return v_metrics | q_metrics
+def critic_step(seeds: Seeds, optimizers: dict, batch: datasets.Batch, args: Args) -> dict:
+    """Eqs. (1), (2), (3), in this order, and in place."""
+    metrics = descend(seeds, optimizers["v_optimizer"], lambda m, batch: v_loss(m["critic"], batch, args), batch)
+    metrics |= descend(seeds, optimizers["q_optimizer"], lambda m, batch: q_loss(m["critic"], batch, args), batch)
+    update_target(seeds.parameters("critic.target_q"), seeds.parameters("critic.q"), args.target_rate)
+    return metrics
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float, progress: float, decay: bool) -> None:
-    """`lr`, or with `decay` its cosine from 1 to 0 as `progress` goes from 0 to 1."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * (0.5 * (1 + math.cos(math.pi * progress)) if decay else 1)
+def policy_step(seeds: Seeds, optimizers: dict, batch: datasets.Batch, noise: dict, args: Args) -> dict:
+    """Eq. (16), and the averaged network."""
+
+    def loss(models: dict, batch: datasets.Batch, noise: dict) -> tuple[torch.Tensor, dict]:
+        return policy_loss(models["policy"], batch, noise, args)
+
+    metrics = descend(seeds, optimizers["policy_optimizer"], loss, batch, noise)
+    update_target(seeds.parameters("ema"), seeds.parameters("policy"), args.ema_rate)
+    return metrics
+
+
+def draw(n: int, generator: torch.Generator, phase: str, data: datasets.Dataset, args: Args) -> dict:
+    """The random numbers of n steps of a phase: name -> (n, ...)."""
+    # differs from the authors' code: all of the data is trained on, not a random 95 %
+    shape = n, args.policy_batch_size if phase == "policy" else args.batch_size
+    numbers = {"index": torch.randint(len(data), shape, device=args.device, generator=generator)}
+    return numbers | (matching_noise(shape, data.action_dim, args, generator) if phase == "policy" else {})
 
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
     args = runs.fill_in(args, PAPER if args.preset == "paper" else HEAD)
     run = runs.Run(args, "idql")
-    torch.manual_seed(args.seed)
     data = datasets.load(args.env, args.device, args.eval_env, args.allow_unverified)
-    models = build(data.obs_dim, data.action_dim, args)
-    runs.prepare(models, data, args)
-    critic, policy, decay = models["critic"], models["policy"], args.weight_decay
+    sizes = data.obs_dim, data.action_dim
+    seeds = Seeds(lambda seed: runs.prepare(build(*sizes, args), data, args, seed), args)
+    decay = args.policy_steps if args.lr_decay else None
     optimizers = {
-        "v_optimizer": torch.optim.Adam(critic.v.parameters(), args.critic_lr, fused=True),
-        "q_optimizer": torch.optim.Adam(critic.q.parameters(), args.critic_lr, fused=True),
-        "policy_optimizer": torch.optim.AdamW(policy.parameters(), args.policy_lr, weight_decay=decay, fused=True),
+        "v_optimizer": Adam(seeds, "critic.v", args.critic_lr),
+        "q_optimizer": Adam(seeds, "critic.q", args.critic_lr),
+        "policy_optimizer": Adam(seeds, "policy", args.policy_lr, decay, args.weight_decay),
     }
-    start = run.restore(models | optimizers)
-    if args.eval_only:
-        return run.show(evaluate(models, data, run, args, start) | {"eval/candidates": args.candidates})
+    start = run.restore(seeds, optimizers)
 
+    updates = {
+        "critic": lambda index: critic_step(seeds, optimizers, data[index], args),
+        "policy": lambda index, **noise: policy_step(seeds, optimizers, data[index], noise, args),
+    }
+    updates = {phase: Update(update, args) for phase, update in updates.items()}
+    draws = {phase: Draws(seeds, partial(draw, phase=phase, data=data, args=args)) for phase in updates}
+    candidates = {"eval/candidates": np.full(seeds.count, args.candidates)}
+    actor = Update(lambda obs, **noise: {"action": seeds(partial(act, args=args), obs, noise)}, args)
+    if args.eval_only:
+        return run.show(evaluate(seeds, actor, data, run, args, start) | candidates)
+
+    # differs from the authors' code: of its two actor steps beside each critic step, one had an empty batch
     total = args.critic_steps + args.policy_steps  # two phases, in this order; neither needs the other
     for step in run.steps(start, total):
-        in_policy = step > args.critic_steps
-        size = args.policy_batch_size if in_policy else args.batch_size
-        batch = data[torch.randint(len(data), (size,), device=args.device)]
-        # differs from the authors' code: of its two actor steps beside each critic step, one had an empty batch
-        # differs from the authors' code: all of the data is trained on, not a random 95 %
-        if not in_policy:
-            metrics = critic_step(critic, optimizers, batch, args)
-        else:
-            progress = (step - args.critic_steps) / args.policy_steps
-            set_lr(optimizers["policy_optimizer"], args.policy_lr, progress, args.lr_decay)
-            loss, metrics = policy_loss(policy, batch, args)
-            descend(optimizers["policy_optimizer"], loss)
-            update_target(models["ema"], policy, args.ema_rate)
-            if step % args.eval_every == 0 or step == total:
-                metrics |= evaluate(models, data, run, args, step) | {"eval/candidates": args.candidates}
-        run.record(step, metrics, models | optimizers, sizes=(data.obs_dim, data.action_dim))
+        phase = "critic" if step <= args.critic_steps else "policy"
+        metrics = updates[phase](**draws[phase](step))
+        if phase == "policy" and (step % args.eval_every == 0 or step == total):
+            metrics |= evaluate(seeds, actor, data, run, args, step) | candidates
+        run.record(step, metrics, seeds, optimizers, sizes=sizes)
     return run.finish()
 
 

@@ -35,6 +35,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +44,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common import bandit, datasets, environments, runs
+from common import bandit, datasets, environments, runs, training
+from common.training import Adam, Draws, Seeds, Update
 
 # ------------------------------------------------------------------------------------------------------------------
 # 1. Arguments
@@ -59,8 +61,16 @@ class Args:
     """of networks, batches and noise; the evaluation has a stream of its own"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
+    num_seeds: int = 1
+    """seeds trained side by side in this process: seed, seed + 1, ..., each as if alone, each with its own folder"""
+    compile: bool = False
+    """compile the updates and the sampler: a minute's wait, then faster steps"""
+    cudagraph: bool = False
+    """replay each update as one CUDA graph; no effect without a GPU"""
+    bf16: bool = False
+    """hidden layers of the losses in bfloat16; targets, sums, Adam and acting stay in float32"""
     run_dir: Path | None = None
-    """the run's folder; None: runs/<env>/iql_critic/seed<seed>"""
+    """the run's folder; None: runs/<env>/iql_critic/seed<seed>; with several seeds, of their folders seed<seed>"""
     resume: bool = False
     """go on from the run folder's checkpoint, if there is one"""
     eval_only: bool = False
@@ -153,12 +163,20 @@ class Normalize(nn.Module):
         return (obs - self.mean) / self.std
 
 
+class Output(nn.Linear):
+    """The last layer of a critic, in float32 whatever `--bf16` says: bfloat16 would round a V of 50 to quarters."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
     """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
     # differs from GMPO's and IDQL's code: they have torch's default and Xavier-uniform; one critic serves all files
     layers = []
-    for size_in, size_out in zip(sizes, sizes[1:]):
-        linear = nn.Linear(size_in, size_out)
+    for i, (size_in, size_out) in enumerate(pairwise(sizes)):
+        linear = (Output if i == len(sizes) - 2 else nn.Linear)(size_in, size_out)
         nn.init.orthogonal_(linear.weight, math.sqrt(2))
         nn.init.zeros_(linear.bias)
         layers += [linear, nn.ReLU(), *([nn.Dropout(dropout)] if dropout else [])]
@@ -246,11 +264,11 @@ def q_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Ten
     return loss, {"critic/q_loss": loss.detach(), "critic/q": q.detach().mean()}
 
 
-def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> None:
+@torch.no_grad()
+def update_target(target: list[torch.Tensor], online: list[torch.Tensor], target_rate: float) -> None:
     """Eq. (3), in place: target_rate is the share of the NEW weights."""
-    with torch.no_grad():
-        for old, new in zip(target.parameters(), online.parameters()):
-            old.lerp_(new, target_rate)
+    for old, new in zip(target, online):
+        old.lerp_(new, target_rate)
 
 
 @torch.no_grad()
@@ -299,19 +317,24 @@ def policy_loss(actor: GaussianActor, critic: Critic, batch: datasets.Batch, arg
     return loss, {"policy/loss": loss.detach(), **metrics}
 
 
-def act(models: dict, obs: torch.Tensor, args: Args, generator: torch.Generator | None = None) -> torch.Tensor:
+def acting_noise(batch: int, action_dim: int, args: Args, generator: torch.Generator) -> dict:
+    """What `act` draws: nothing."""
+    return {}
+
+
+def act(models: dict, obs: torch.Tensor, noise: dict, args: Args) -> torch.Tensor:
     """The mean action, as IQL is evaluated: (B, O) -> (B, A) in [-1, 1]."""
     return models["policy"].eval()(obs).mean
 
 
-def load_policy(path: str | Path, device: str = "cpu") -> Callable:
+def load_policy(path: str | Path, device: str = "cpu", seed: int = 0) -> Callable:
     """A run's policy (its folder or checkpoint.pt) as act(obs): numpy or torch, (B, O) or (O,) -> actions in kind."""
     checkpoint = runs.load_checkpoint(path)
-    args = Args(**checkpoint["args"])
-    models = build(*checkpoint["sizes"], args)
+    args, sizes = Args(**checkpoint["args"] | {"device": device}), checkpoint["sizes"]
+    models, generator = build(*sizes, args), torch.Generator(device).manual_seed(seed)
     for name, model in models.items():
         model.to(device).load_state_dict(checkpoint[name])
-    return runs.numpy_or_torch(lambda obs: act(models, obs, args), device)
+    return runs.numpy_or_torch(lambda o: act(models, o, acting_noise(len(o), sizes[1], args, generator), args), device)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -319,42 +342,50 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 
 
 @torch.no_grad()
-def evaluate(models: dict, data: datasets.Dataset, run: runs.Run, args: Args, step: int) -> dict:
-    """Score of args.eval_episodes episodes in lock-step, one batched policy call a step; a random stream of its own."""
-    seed = int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0])
-    generator = torch.Generator(args.device).manual_seed(seed)
+def evaluate(
+    seeds: Seeds, actor: Callable, data: datasets.Dataset, run: runs.Run, args: Args, step: int
+) -> dict[str, np.ndarray]:
+    """Scores of args.eval_episodes episodes a seed, all in lock-step, one batched policy call a step: each (S,).
+
+    Every seed has a random stream of its own here, so that evaluating more often changes no weight.
+    """
+    streams = [training.generator(args.device, seed, step, 1) for seed in seeds.numbers]
     if args.env == "bandit":
-        return evaluate_bandit(models, data, run, args, step, generator)
+        parts = zip(streams, run.folders)
+        return training.gather(seeds.each(lambda models, _: evaluate_bandit(models, data, *next(parts), args, step)))
     if args.eval_env is None:
         return {}
-    envs = gymnasium.vector.SyncVectorEnv([partial(environments.make, args.eval_env)] * args.eval_episodes)
-    obs, _ = envs.reset(seed=seed)
-    total, over = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, bool)
+    each = args.eval_episodes
+    starts = [int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) for seed in seeds.numbers]
+    envs = gymnasium.vector.SyncVectorEnv([partial(environments.make, args.eval_env)] * (seeds.count * each))
+    obs, _ = envs.reset(seed=[start + k for start in starts for k in range(each)])
+    total, over = np.zeros(len(obs)), np.zeros(len(obs), bool)
     while not over.all():
-        action = act(models, torch.as_tensor(obs, dtype=torch.float32, device=args.device), args, generator)
+        batch = seeds.split(torch.as_tensor(obs, dtype=torch.float32, device=args.device))
+        noise = seeds.join([acting_noise(each, data.action_dim, args, stream) for stream in streams])
+        action = actor(obs=batch, **noise)["action"].flatten(0, -2)  # (S B, A)
         obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
         total += reward * ~over  # a finished environment starts again; those rewards do not count
         over |= terminated | truncated
     envs.close()
-    metrics = {"eval/return": total.mean(), "eval/return_std": total.std()}
+    total = total.reshape(seeds.count, each)
+    metrics = {"eval/return": total.mean(1), "eval/return_std": total.std(1)}
     score = environments.normalized_score(total, args.eval_env)
-    return metrics if score is None else metrics | {"eval/score": score.mean(), "eval/score_std": score.std()}
+    return metrics if score is None else metrics | {"eval/score": score.mean(1), "eval/score_std": score.std(1)}
 
 
 def evaluate_bandit(
-    models: dict, data: datasets.Dataset, run: runs.Run, args: Args, step: int, generator: torch.Generator
-) -> dict:
+    models: dict, data: datasets.Dataset, stream: torch.Generator, folder: runs.Folder, args: Args, step: int
+) -> dict[str, float]:
     """The data's actions, drawn again by the weights of Eq. (11), against the closed form; beside them the Gaussian."""
-    values = torch.linspace(0, 1, 100_001)
-    optimal_v = values[
-        f(bandit.REWARDS[:, None] - values, args).mean(0).argmin()
-    ]  # Eq. (1) at its minimum, modes equally frequent
+    values = torch.linspace(0, 1, 100_001)  # Eq. (1) at its minimum, modes equally frequent:
+    optimal_v = values[f(bandit.REWARDS[:, None] - values, args).mean(0).argmin()]
     target = implicit_weights(bandit.REWARDS - optimal_v, args)
     weight = implicit_weights(advantages(models["critic"], data), args)
-    implicit = data.action[torch.multinomial(weight, 4096, replacement=True, generator=generator)]
+    implicit = data.action[torch.multinomial(weight, 4096, replacement=True, generator=stream)]
     normal = models["policy"].eval()(data.obs[:4096])
-    gaussian = normal.mean + normal.stddev * torch.randn(normal.mean.shape, generator=generator, device=implicit.device)
-    return bandit.report(implicit, target / target.sum(), run, step, **{"IQL's Gaussian": gaussian})
+    gaussian = normal.mean + normal.stddev * torch.randn(normal.mean.shape, generator=stream, device=stream.device)
+    return bandit.report(implicit, target / target.sum(), folder, step, **{"IQL's Gaussian": gaussian})
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -368,59 +399,67 @@ def build(obs_dim: int, action_dim: int, args: Args) -> dict[str, nn.Module]:
     return {"critic": Critic(normalize, obs_dim, action_dim), "policy": actor}
 
 
-def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """One gradient step."""
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+def descend(seeds: Seeds, optimizer: Adam, loss: Callable, *inputs) -> dict:
+    """One gradient step down `loss(models, *inputs) -> (loss, metrics)`; returns the metrics."""
+    with seeds.autocast():
+        value, metrics = seeds(loss, *inputs)
+    optimizer.step(torch.autograd.grad(value.sum(), optimizer.parameters))  # the sum over seeds: each has its own
+    return metrics
 
 
-def critic_step(critic: Critic, optimizers: dict, batch: datasets.Batch, args: Args) -> dict:
-    """Eqs. (1), (2), (3), in this order."""
-    loss, v_metrics = v_loss(critic, batch, args)
-    descend(optimizers["v_optimizer"], loss)
-    loss, q_metrics = q_loss(critic, batch, args)
-    descend(optimizers["q_optimizer"], loss)
-    update_target(critic.target_q, critic.q, args.target_rate)
-    return v_metrics | q_metrics
+def critic_step(seeds: Seeds, optimizers: dict, batch: datasets.Batch, args: Args) -> dict:
+    """Eqs. (1), (2), (3), in this order, and in place."""
+    metrics = descend(seeds, optimizers["v_optimizer"], lambda m, batch: v_loss(m["critic"], batch, args), batch)
+    metrics |= descend(seeds, optimizers["q_optimizer"], lambda m, batch: q_loss(m["critic"], batch, args), batch)
+    update_target(seeds.parameters("critic.target_q"), seeds.parameters("critic.q"), args.target_rate)
+    return metrics
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float, progress: float, decay: bool) -> None:
-    """`lr`, or with `decay` its cosine from 1 to 0 as `progress` goes from 0 to 1."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * (0.5 * (1 + math.cos(math.pi * progress)) if decay else 1)
+def policy_step(seeds: Seeds, optimizers: dict, batch: datasets.Batch, args: Args) -> dict:
+    """Eq. (10)."""
+
+    def loss(models: dict, batch: datasets.Batch) -> tuple[torch.Tensor, dict]:
+        return policy_loss(models["policy"], models["critic"], batch, args)
+
+    return descend(seeds, optimizers["policy_optimizer"], loss, batch)
+
+
+def draw(n: int, generator: torch.Generator, data: datasets.Dataset, args: Args) -> dict:
+    """The random numbers of n steps: name -> (n, ...)."""
+    return {"index": torch.randint(len(data), (n, args.batch_size), device=args.device, generator=generator)}
 
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
     args = runs.fill_in(args, PAPER)
     run = runs.Run(args, "iql_critic")
-    torch.manual_seed(args.seed)
     data = datasets.load(args.env, args.device, args.eval_env, args.allow_unverified)
-    models = build(data.obs_dim, data.action_dim, args)
-    runs.prepare(models, data, args)
-    critic, actor = models["critic"], models["policy"]
+    sizes = data.obs_dim, data.action_dim
+    seeds = Seeds(lambda seed: runs.prepare(build(*sizes, args), data, args, seed), args)
     optimizers = {
-        "v_optimizer": torch.optim.Adam(critic.v.parameters(), args.critic_lr, fused=True),
-        "q_optimizer": torch.optim.Adam(critic.q.parameters(), args.critic_lr, fused=True),
-        "policy_optimizer": torch.optim.Adam(actor.parameters(), args.policy_lr, fused=True),
+        "v_optimizer": Adam(seeds, "critic.v", args.critic_lr),
+        "q_optimizer": Adam(seeds, "critic.q", args.critic_lr),
+        "policy_optimizer": Adam(seeds, "policy", args.policy_lr, args.policy_steps if args.lr_decay else None),
     }
-    start = run.restore(models | optimizers)
+    start = run.restore(seeds, optimizers)
+
+    draws = Draws(seeds, partial(draw, data=data, args=args))
+    update_critic = Update(lambda index: critic_step(seeds, optimizers, data[index], args), args)
+    update_policy = Update(lambda index: policy_step(seeds, optimizers, data[index], args), args)
+    actor = Update(lambda obs, **noise: {"action": seeds(partial(act, args=args), obs, noise)}, args)
     if args.eval_only:
-        return run.show(evaluate(models, data, run, args, start))
+        return run.show(evaluate(seeds, actor, data, run, args, start))
 
     total = max(args.critic_steps, args.policy_steps)
     for step in run.steps(start, total):
-        batch = data[torch.randint(len(data), (args.batch_size,), device=args.device)]
-        metrics = critic_step(critic, optimizers, batch, args) if step <= args.critic_steps else {}
+        numbers, metrics = draws(step), {}
+        if step <= args.critic_steps:
+            metrics |= update_critic(**numbers)
         if step <= args.policy_steps:
-            set_lr(optimizers["policy_optimizer"], args.policy_lr, step / args.policy_steps, args.lr_decay)
-            loss, policy_metrics = policy_loss(actor, critic, batch, args)
-            descend(optimizers["policy_optimizer"], loss)
-            metrics |= policy_metrics
+            metrics |= update_policy(**numbers)
         if step % args.eval_every == 0 or step == total:
-            metrics |= evaluate(models, data, run, args, step)
-        run.record(step, metrics, models | optimizers, sizes=(data.obs_dim, data.action_dim))
+            metrics |= evaluate(seeds, actor, data, run, args, step)
+        run.record(step, metrics, seeds, optimizers, sizes=sizes)
     return run.finish()
 
 

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from common.datasets import Dataset
-from common.runs import Run
+from common.runs import Folder
 
 REWARDS = torch.tensor([1.0, 0.2, 0.7, 0.0, 0.9, 0.3, 0.5, 0.1])  # (8,) of the modes, counter-clockwise from the right
 ANGLES = torch.arange(8) * (2 * math.pi / 8)
@@ -36,17 +36,17 @@ def frequencies(action: torch.Tensor) -> torch.Tensor:
     return nearest.bincount(minlength=8) / len(action)
 
 
-def report(action: torch.Tensor, target: torch.Tensor, run: Run, step: int, **others: torch.Tensor) -> dict:
+def report(action: torch.Tensor, target: torch.Tensor, folder: Folder, step: int, **others: torch.Tensor) -> dict:
     """Compare actions (B, 2) with the closed-form mode frequencies `target` (8,): metrics, and a picture.
 
     While training the picture goes into the run's folder and TensorBoard; `others` are further sets of actions to draw,
     by name. The score is 100 (1 - total variation).
     """
     distance = 0.5 * (frequencies(action) - target).abs().sum().item()
-    if run.writer:
+    if folder.writer:
         figure = picture({"data": load().action[:4096], "policy": action, **others}, target)
-        figure.savefig(run.folder / "bandit.png", dpi=120)
-        run.writer.add_figure("bandit", figure, step)
+        figure.savefig(folder.path / "bandit.png", dpi=120)
+        folder.writer.add_figure("bandit", figure, step)
     return {
         "eval/score": 100 * (1 - distance),
         "eval/total_variation": distance,

@@ -67,15 +67,15 @@ class Dataset:
         self.obs, self.action, self.reward, self.next_obs, self.done = self._split(self.rows)
 
     def _split(self, rows: Tensor) -> Batch:
-        obs, action, next_obs, reward, done = rows.split((self.obs_dim, self.action_dim, self.obs_dim, 1, 1), dim=1)
-        return Batch(obs, action, reward[:, 0], next_obs, done[:, 0])
+        obs, action, next_obs, reward, done = rows.split((self.obs_dim, self.action_dim, self.obs_dim, 1, 1), dim=-1)
+        return Batch(obs, action, reward[..., 0], next_obs, done[..., 0])
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: Tensor) -> Batch:
-        """The transitions at `index` (B,), a LongTensor on the dataset's device."""
-        return self._split(self.rows.index_select(0, index))
+        """The transitions at `index` (B,) or (S, B), a LongTensor on the dataset's device: B, or S times B of them."""
+        return self._split(self.rows.index_select(0, index.flatten()).view(*index.shape, -1))
 
 
 def load(name_or_path: str, device="cpu", eval_env: str | None = None, allow_unverified: bool = False) -> Dataset:

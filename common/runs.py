@@ -30,11 +30,15 @@ from tqdm import tqdm
 
 from common import TrainingError, UserError, datasets, environments
 from common.datasets import Dataset
+from common.training import Adam, Seeds
 
 # What `--resume` may change: none of these alters the weights that a given step arrives at, but for policy_steps with
 # lr_decay, where the learning rate follows the new length from then on.
 FREE = {
     "run_dir",
+    "num_seeds",
+    "compile",
+    "cudagraph",
     "resume",
     "eval_only",
     "device",
@@ -51,6 +55,7 @@ AT_LEAST_1 = {
     "eval_episodes",
     "linex_max",
     "log_every",
+    "num_seeds",
     "policy_batch_size",
     "sampler_steps",
     "save_every",
@@ -100,8 +105,8 @@ def fill_in(args, paper: dict):
     return args
 
 
-def prepare(models: dict[str, torch.nn.Module], data: Dataset, args) -> None:
-    """Put untrained networks on the device, normalised by `data`, or the critic as the run `args.critic` left it.
+def prepare(models: dict[str, torch.nn.Module], data: Dataset, args, seed: int) -> dict[str, torch.nn.Module]:
+    """One seed's untrained networks, on the device, normalised by `data`; or the critic as the run `args.critic` left.
 
     Raises UserError if the data, the evaluation environment and that critic do not belong together.
     """
@@ -112,76 +117,151 @@ def prepare(models: dict[str, torch.nn.Module], data: Dataset, args) -> None:
     if args.normalize_obs:
         models["critic"].v.normalize.fit(data.obs)  # one module, shared by all networks
     if args.critic:
-        checkpoint = load_checkpoint(args.critic)
+        own = Path(args.critic) / f"seed{seed}"
+        checkpoint = load_checkpoint(own if own.is_dir() else args.critic)
         if checkpoint["args"]["env"] != args.env:
             raise UserError(
                 f"the critic in {args.critic} is of {checkpoint['args']['env']}, not of {args.env}; choose that data"
             )
         models["critic"].load_state_dict(checkpoint["critic"])
+    return models
 
 
-class Run:
-    """One training run: its folder, what it has logged, how far it is."""
+class Folder:
+    """One seed's run: its folder, and what it has logged."""
 
     def __init__(self, args, algorithm: str):
-        """Only looks; the folder is made by `steps`. Raises UserError if it holds another run."""
+        """Only looks; `open` makes the folder. Raises UserError if it holds another run."""
         name = Path(args.env).stem if _own_file(args.env) else args.env
-        self.folder = Path(args.run_dir or f"runs/{name}/{algorithm}/seed{args.seed}")
-        self.args, self.arguments = args, json.loads(json.dumps(dataclasses.asdict(args), default=str))
+        self.path = Path(args.run_dir or f"runs/{name}/{algorithm}/seed{args.seed}")
+        self.arguments = json.loads(json.dumps(dataclasses.asdict(args), default=str))
         self.config = {"algorithm": algorithm, "args": self.arguments} | _origin()
-        self.start, self.seconds_before, self.best, self.last = time.time(), 0.0, -math.inf, {}
-        self.writer, self.warned, self.on_cuda = None, False, torch.device(args.device).type == "cuda"
-        path = self.folder / "config.json"
+        self.seconds_before, self.best, self.last = 0.0, -math.inf, {}
+        self.writer = None
+        path = self.path / "config.json"
         if not path.exists():
             return
         config = json.loads(path.read_text())
         if config["algorithm"] != algorithm:
-            raise UserError(f"{self.folder} holds a run of {config['algorithm']}.py; choose another --run-dir")
+            raise UserError(f"{self.path} holds a run of {config['algorithm']}.py; choose another --run-dir")
         if args.eval_only:
             return
         if not args.resume:
             raise UserError(
-                f"{self.folder} holds a run already; add --resume to go on with it, or choose another --run-dir"
+                f"{self.path} holds a run already; add --resume to go on with it, or choose another --run-dir"
             )
         for key, old in config["args"].items():
             if key not in FREE and old != self.arguments.get(key):
                 flag = key.replace("_", "-")
                 raise UserError(
-                    f"{self.folder} holds a run with --{flag} {old}, not {self.arguments[key]}; choose a new --run-dir"
+                    f"{self.path} holds a run with --{flag} {old}, not {self.arguments[key]}; choose a new --run-dir"
                 )
 
-    def restore(self, parts: dict) -> int:
-        """Load the checkpoint into `parts` (name -> module or optimizer) and the random states; returns its step, or 0.
-
-        Raises UserError if the checkpoint is damaged, or missing where it is to be evaluated.
-        """
-        path = self.folder / "checkpoint.pt"
-        if not self.args.eval_only and not (self.args.resume and path.exists()):
-            return 0
-        state = load_checkpoint(path)
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-        except (KeyError, ValueError, RuntimeError):
-            raise UserError(f"{path} has other networks; give the arguments in {self.folder / 'config.json'}") from None
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and self.on_cuda:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.args.device)
+    def load(self) -> dict:
+        """The checkpoint. Raises UserError if it is missing or damaged."""
+        state = load_checkpoint(self.path)
         self.seconds_before, self.best, self.last = state["seconds"], state["best"], state["last"]
-        return state["step"]
+        return state
 
-    def steps(self, start: int, total: int) -> Iterator[int]:
-        """The training steps start + 1 .. total, with a progress bar. Makes the folder, drops logs after `start`."""
+    def load_next(self, step: int) -> dict:
+        """The checkpoint of `step` that was written but not renamed. Raises UserError if there is none."""
+        temporary = self.path / "checkpoint.pt.tmp"
+        if not temporary.exists() or load_checkpoint(temporary)["step"] != step:
+            raise UserError(f"{self.path} is not as far as the other seeds, at step {step}; resume each seed alone")
+        self.keep()
+        return self.load()
+
+    def open(self, start: int) -> None:
+        """Make the folder, drop logs after step `start`."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write(self.path / "config.json", json.dumps(self.config, indent=2) + "\n")
         except OSError as error:
-            raise UserError(f"{self.folder} can't be written ({error.strerror}); choose another --run-dir") from None
-        path = self.folder / "metrics.jsonl"
+            raise UserError(f"{self.path} can't be written ({error.strerror}); choose another --run-dir") from None
+        path = self.path / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # a run killed while writing leaves half a line
         _write(path, "".join(line for line in whole if json.loads(line)["step"] <= start))
-        self.writer = SummaryWriter(str(self.folder), purge_step=start + 1)
+        self.writer = SummaryWriter(str(self.path), purge_step=start + 1)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Write them to metrics.jsonl and TensorBoard. Raises TrainingError at NaN or inf."""
+        for key, value in values.items():
+            if not math.isfinite(value):
+                raise TrainingError(f"step {step}: {key} is {value}; {self._advice()}")
+        if "eval/return" in values:
+            self.last = {key: value for key, value in values.items() if key.startswith("eval/")}
+            self.best = max(self.best, headline(self.last))
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, step)
+
+    def write(self, step: int, models: dict, state: dict) -> None:
+        """Write the checkpoint under a temporary name. Raises TrainingError at weights that are NaN or inf."""
+        for name, model in models.items():
+            if not all(torch.isfinite(p).all() for p in model.parameters()):
+                raise TrainingError(f"step {step}: the weights of {name} are no longer finite; {self._advice()}")
+        state = {name: model.state_dict() for name, model in models.items()} | state
+        state |= {"step": step, "args": self.arguments, "best": self.best, "last": self.last}
+        with (self.path / "checkpoint.pt.tmp").open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def keep(self) -> None:
+        """Give the checkpoint its name: a killed run never leaves half a file."""
+        os.replace(self.path / "checkpoint.pt.tmp", self.path / "checkpoint.pt")
+
+    def _advice(self) -> str:
+        return f"the last good checkpoint is kept in {self.path}; try a smaller learning rate or beta"
+
+
+class Run:
+    """A command's training run, of one seed or several: their folders, the progress bar, how far it is."""
+
+    def __init__(self, args, algorithm: str):
+        """Raises UserError if a folder holds another run."""
+        self.args, self.folders = args, []
+        for seed in range(args.seed, args.seed + args.num_seeds):
+            own = args.run_dir and (Path(args.run_dir) / f"seed{seed}" if args.num_seeds > 1 else args.run_dir)
+            self.folders.append(Folder(dataclasses.replace(args, seed=seed, num_seeds=1, run_dir=own), algorithm))
+        self.start, self.warned, self.on_cuda = time.time(), False, torch.device(args.device).type == "cuda"
+
+    def restore(self, seeds: Seeds, optimizers: dict[str, Adam]) -> int:
+        """Load the checkpoints into networks and optimizers; returns their step, or 0 if there is nothing to load.
+
+        Raises UserError if one is damaged, of other networks, or missing where it is to be evaluated.
+        """
+        here = [(folder.path / "checkpoint.pt").exists() for folder in self.folders]
+        if not self.args.eval_only and not (self.args.resume and any(here)):
+            return 0
+        states = [
+            folder.load() if found or not any(here) else {"step": -1} for folder, found in zip(self.folders, here)
+        ]
+        step = max(state["step"] for state in states)
+        for k, folder in enumerate(self.folders):
+            if states[k]["step"] < step:  # killed between two renames? The other files were complete before the first
+                states[k] = folder.load_next(step)
+        try:
+            for models, state in zip(seeds.separate, states):
+                for name, model in models.items():
+                    model.load_state_dict(state[name])
+            for name, optimizer in optimizers.items():
+                optimizer.load_state_dicts([state[name] for state in states])
+        except (KeyError, ValueError, RuntimeError):
+            config = self.folders[0].path / "config.json"
+            raise UserError(f"{config.parent} has other networks; give the arguments in {config}") from None
+        seeds.take_over()
+        torch.set_rng_state(states[0]["rng"])
+        if states[0]["cuda_rng"] is not None and self.on_cuda:
+            torch.cuda.set_rng_state(states[0]["cuda_rng"], self.args.device)
+        return step
+
+    def steps(self, start: int, total: int) -> Iterator[int]:
+        """The training steps start + 1 .. total, with a progress bar. Makes the folders, drops logs after `start`."""
+        for folder in self.folders:
+            folder.open(start)
         self.total, self.printed, self.clock = total, time.time(), (time.time(), start)
         self.bar = tqdm(total=total, initial=start, disable=not sys.stderr.isatty(), unit="step", dynamic_ncols=True)
         for step in range(start + 1, total + 1):
@@ -189,84 +269,76 @@ class Run:
             self.bar.update()
         self.bar.close()
 
-    def record(self, step: int, metrics: dict, parts: dict, **facts) -> None:
-        """Log every `log_every` steps and at evaluations, save every `save_every` steps; both at the end."""
+    def record(self, step: int, metrics: dict, seeds: Seeds, optimizers: dict[str, Adam], **facts) -> None:
+        """Log every `log_every` steps and at evaluations, save every `save_every` steps; both at the end.
+
+        A metric is a tensor or an array, of one number a seed. `facts` are kept in the checkpoint.
+        """
         if step % self.args.log_every == 0 or step == self.total or any(key.startswith("eval/") for key in metrics):
             self.log(step, metrics)
         if step % self.args.save_every == 0 or step == self.total:
-            self.save(step, parts, **facts)
+            self.save(step, seeds, optimizers, **facts)
 
     def log(self, step: int, metrics: dict) -> None:
-        """Read the tensors, write them to metrics.jsonl and TensorBoard. Raises TrainingError at NaN or inf."""
-        values = {key: float(value) for key, value in metrics.items()}
-        for key, value in values.items():
-            if not math.isfinite(value):
-                raise TrainingError(f"step {step}: {key} is {value}; {self._advice()}")
+        """Read the tensors, write them to every seed's log. Raises TrainingError at NaN or inf."""
         now = time.time()
-        values["time/steps_per_s"] = (step - self.clock[1]) / max(now - self.clock[0], 1e-9)
+        speed = (step - self.clock[1]) / max(now - self.clock[0], 1e-9)
         self.clock = (now, step)
-        if "eval/return" in values:
-            self.last = {key: value for key, value in values.items() if key.startswith("eval/")}
-            self.best = max(self.best, self._headline())
-        if values.get("policy/ess", 1) < 0.1 and not self.warned:
+        columns = {key: np.ravel(torch.as_tensor(value).tolist()) for key, value in metrics.items()}
+        rows = [
+            {key: float(column[k]) for key, column in columns.items()} | {"time/steps_per_s": speed}
+            for k in range(len(self.folders))
+        ]
+        for folder, values in zip(self.folders, rows):
+            folder.log(step, values)
+        share = min(values.get("policy/ess", 1) for values in rows)
+        if share < 0.1 and not self.warned:
             self.warned = True
-            share = f"only {100 * values['policy/ess']:.1f} % of the samples carry the weight (policy/ess)"
-            self._say(f"step {step}: {share}: the policy fits a few outliers; a smaller beta may do better")
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
-        for key, value in values.items():
-            self.writer.add_scalar(key, value, step)
-        self._show(step, values)
+            few = f"only {100 * share:.1f} % of the samples carry the weight (policy/ess)"
+            self._say(f"step {step}: {few}: the policy fits a few outliers; a smaller beta may do better")
+        self._show(step, {key: np.mean([values[key] for values in rows]) for key in rows[0]})
 
-    def save(self, step: int, parts: dict, **facts) -> None:
-        """Write checkpoint.pt under a temporary name, then rename: a killed run never leaves half a file.
-
-        Raises TrainingError at weights that are NaN or inf.
-        """
-        for name, part in parts.items():
-            if isinstance(part, torch.nn.Module) and not all(torch.isfinite(p).all() for p in part.parameters()):
-                raise TrainingError(f"step {step}: the weights of {name} are no longer finite; {self._advice()}")
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {
-            "step": step,
-            "args": self.arguments,
-            "seconds": self._seconds(),
-            "best": self.best,
-            "last": self.last,
-        }
-        state |= {
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.args.device) if self.on_cuda else None,
-        }
-        temporary = self.folder / "checkpoint.pt.tmp"
-        with temporary.open("wb") as file:
-            torch.save(state | facts, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / "checkpoint.pt")
+    def save(self, step: int, seeds: Seeds, optimizers: dict[str, Adam], **facts) -> None:
+        """Write all checkpoints, then rename them. Raises TrainingError at weights that are NaN or inf."""
+        seeds.write_back()
+        cuda_rng = torch.cuda.get_rng_state(self.args.device) if self.on_cuda else None
+        facts |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
+        states = {name: optimizer.state_dicts() for name, optimizer in optimizers.items()}
+        for k, folder in enumerate(self.folders):
+            own = {name: state[k] for name, state in states.items()} | {"seconds": self._seconds(folder)}
+            folder.write(step, seeds.separate[k], own | facts)
+        for folder in self.folders:
+            folder.keep()
 
     def finish(self) -> dict:
-        """Write result.json and print the headline: the last score, with the best beside it."""
-        self.writer.close()
-        minutes = round(self._seconds() / 60, 2)
-        result = {"steps": self.total, "minutes": minutes, **self.last, "best": self.best if self.last else None}
-        _write(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
-        self.show(self.last)
-        print(f"{self.total} steps in {minutes} minutes; everything is in {self.folder}")
-        return result
+        """Write result.json of every seed and print the headline: the last score, with the best beside it.
 
-    def show(self, metrics: dict) -> dict:
-        """Print the score in `metrics`; returns them."""
-        self.last = metrics
-        name = "score" if "eval/score" in metrics else "return"
-        spread = f" +- {metrics[f'eval/{name}_std']:.1f} over episodes" if f"eval/{name}_std" in metrics else ""
-        best = f", best {self.best:.1f}" if math.isfinite(self.best) else ""
-        best += f", {metrics['eval/candidates']:.0f} candidates" if "eval/candidates" in metrics else ""
-        print(f"last {name} {self._headline():.1f}{spread}{best}" if "eval/return" in metrics else "not evaluated")
-        return metrics
+        Returns what result.json holds, of the first seed.
+        """
+        results = []
+        for folder in self.folders:
+            folder.writer.close()
+            minutes = round(self._seconds(folder) / 60, 2)
+            best = folder.best if folder.last else None
+            results.append({"steps": self.total, "minutes": minutes, **folder.last, "best": best})
+            _write(folder.path / "result.json", json.dumps(results[-1], indent=2) + "\n")
+        self.show()
+        everything = self.folders[0].path if len(self.folders) == 1 else self.folders[0].path.parent
+        print(f"{self.total} steps in {results[0]['minutes']} minutes; everything is in {everything}")
+        return results[0]
 
-    def _headline(self) -> float:
-        return self.last.get("eval/score", self.last["eval/return"])
+    def show(self, metrics: dict | None = None) -> dict:
+        """Print the scores, those in `metrics` or the last ones; returns those of the first seed."""
+        for k, folder in enumerate(self.folders):
+            if metrics is not None:
+                folder.last = {key: float(np.ravel(value)[k]) for key, value in metrics.items()}
+            prefix = f"seed {folder.arguments['seed']}: " if len(self.folders) > 1 else ""
+            print(prefix + _headline_text(folder.last, folder.best))
+        if len(self.folders) > 1 and self.folders[0].last:
+            scores = np.array([headline(folder.last) for folder in self.folders])
+            low, high = _interval(scores)
+            print(f"mean of {len(scores)} seeds {scores.mean():.1f}, 95 % interval {low:.1f} to {high:.1f} (bootstrap)")
+        return self.folders[0].last
 
     def _show(self, step: int, values: dict) -> None:
         shown = {
@@ -285,11 +357,28 @@ class Run:
         self.bar.write(text, file=sys.stdout)
         sys.stdout.flush()
 
-    def _seconds(self) -> float:
-        return self.seconds_before + time.time() - self.start
+    def _seconds(self, folder: Folder) -> float:
+        return folder.seconds_before + time.time() - self.start
 
-    def _advice(self) -> str:
-        return f"the last good checkpoint is kept in {self.folder}; try a smaller learning rate or beta"
+
+def headline(evaluation: dict[str, float]) -> float:
+    """The score, or the return where there is none."""
+    return evaluation.get("eval/score", evaluation["eval/return"])
+
+
+def _headline_text(last: dict[str, float], best: float) -> str:
+    if "eval/return" not in last:
+        return "not evaluated"
+    name = "score" if "eval/score" in last else "return"
+    spread = f" +- {last[f'eval/{name}_std']:.1f} over episodes" if f"eval/{name}_std" in last else ""
+    text = f"last {name} {headline(last):.1f}{spread}" + (f", best {best:.1f}" if math.isfinite(best) else "")
+    return text + (f", {last['eval/candidates']:.0f} candidates" if "eval/candidates" in last else "")
+
+
+def _interval(scores: np.ndarray) -> tuple[float, float]:
+    """Of the mean, 95 %, by bootstrap over seeds."""
+    means = np.random.default_rng(0).choice(scores, (10_000, len(scores))).mean(1)
+    return tuple(np.quantile(means, [0.025, 0.975]))
 
 
 def _own_file(env: str) -> bool:

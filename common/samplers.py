@@ -8,7 +8,8 @@ a 0-dim tensor; a `schedule` is an elementwise callable t -> (alpha, sigma) with
     ddim, sde, dpm_solver_pp, ddpm      from a noise prediction
     ode_with_log_density, log_density   log pi(a) along the sampling, log mu(a) of a given action
 
-Everything is differentiable, draws only from the generator it is given, and never makes the host wait for the device.
+Everything is differentiable, a function of its arguments alone (noise is one of them), and never makes the host wait
+for the device.
 """
 
 import math
@@ -32,11 +33,6 @@ SERIES_TERMS = 4  # in Hutchinson's estimate of a log-determinant
 def time_grid(steps: int, x: torch.Tensor, power: float = 1.0) -> torch.Tensor:
     """The nodes (k / steps) ** power from 1 to 0, (steps + 1,): uniform for 1, crowded towards the action for 2."""
     return torch.linspace(1.0, 0.0, steps + 1, device=x.device, dtype=x.dtype) ** power
-
-
-def normal_like(x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draws from N(0, I), in x's shape."""
-    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
 def rademacher_like(x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -107,21 +103,20 @@ def ddim(noise_prediction: Model, schedule: Schedule, x: torch.Tensor, steps: in
     return x
 
 
-def sde(
-    noise_prediction: Model, schedule: Schedule, x: torch.Tensor, steps: int, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """The reverse-time SDE of Song et al. 2021 (arXiv 2011.13456), Eq. (6): (..., A) -> (..., A).
+def sde(noise_prediction: Model, schedule: Schedule, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """The reverse-time SDE of Song et al. 2021 (arXiv 2011.13456), Eq. (6): (..., A), (steps, ..., A) -> (..., A).
 
-    Each step draws from q(x_s | x_t, a) at the estimated action a: ancestral sampling, Eq. (12) of arXiv 2010.02502
-    with eta = 1. To first order in the step this is Euler-Maruyama, but it needs neither the drift and diffusion,
-    infinite where alpha = 0, nor 1 / sigma at t = 0. It is DDIM with a part of the noise drawn anew.
+    `z` is standard normal, one a step. Each step draws from q(x_s | x_t, a) at the estimated action a: ancestral
+    sampling, Eq. (12) of arXiv 2010.02502 with eta = 1. To first order in the step this is Euler-Maruyama, but it needs
+    neither the drift and diffusion, infinite where alpha = 0, nor 1 / sigma at t = 0. It is DDIM with a part of the
+    noise drawn anew.
     """
-    grid, alphas, sigmas = noise_nodes(schedule, steps, x)
-    for t, (alpha, alpha_next), (sigma, sigma_next) in zip(grid, pairwise(alphas), pairwise(sigmas)):
+    grid, alphas, sigmas = noise_nodes(schedule, len(z), x)
+    for t, new, (alpha, alpha_next), (sigma, sigma_next) in zip(grid, z, pairwise(alphas), pairwise(sigmas)):
         eps = noise_prediction(x, t)
         action = (x - sigma * eps) / alpha
         kept = (alpha * sigma_next) / (alpha_next * sigma)  # in [0, 1): the ratio of alpha / sigma before and after
-        noise = kept * eps + (1 - kept**2).sqrt() * normal_like(x, generator)
+        noise = kept * eps + (1 - kept**2).sqrt() * new
         x = alpha_next * action + sigma_next * noise
     return x
 
@@ -148,14 +143,15 @@ def ddpm(
     noise_prediction: Model,
     betas: torch.Tensor,
     x: torch.Tensor,
-    generator: torch.Generator | None = None,
+    z: torch.Tensor,
     clip: bool = True,
     temperature: float = 1.0,
 ) -> torch.Tensor:
     """Ancestral sampling in discrete time: Ho et al. 2020 (arXiv 2006.11239), Algorithm 2: (..., A) -> (..., A).
 
-    `betas` is (T,), and the model gets t = T-1, ..., 0 unscaled. The noise has the scale sqrt(beta_t) times
-    `temperature`. `clip` keeps x itself, noise included, in [-1, 1] after every step, as in IDQL (arXiv 2304.10573).
+    `betas` is (T,), and the model gets t = T-1, ..., 0 unscaled. `z`, (T, ..., A), is standard normal: z_t is scaled by
+    sqrt(beta_t) times `temperature`, z_0 is not used. `clip` keeps x itself, noise included, in [-1, 1] after every
+    step, as in IDQL (arXiv 2304.10573).
     """
     betas = betas.to(x)
     alpha_bars = (1 - betas).cumprod(0)
@@ -163,7 +159,7 @@ def ddpm(
         eps = noise_prediction(x, torch.full((), i, device=x.device, dtype=x.dtype))
         x = (x - betas[i] / (1 - alpha_bars[i]).sqrt() * eps) / (1 - betas[i]).sqrt()
         if i > 0:
-            x = x + temperature * betas[i].sqrt() * normal_like(x, generator)
+            x = x + temperature * betas[i].sqrt() * z[i]
         if clip:
             x = x.clamp(-1.0, 1.0)
     return x
