@@ -168,7 +168,7 @@ class Output(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
+            return super().forward(x.to(self.weight.dtype))
 
 
 def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
