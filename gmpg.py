@@ -606,6 +606,25 @@ def draw(n: int, generator: torch.Generator, phase: str, data: datasets.Dataset,
     )
 
 
+def optimizers_of(seeds: Seeds, args: Args) -> dict[str, Adam]:
+    """One for each part that is trained."""
+    return {
+        "v_optimizer": Adam(seeds, "critic.v", args.critic_lr),
+        "q_optimizer": Adam(seeds, "critic.q", args.critic_lr),
+        "behaviour_optimizer": Adam(seeds, "behaviour", args.behaviour_lr, args.behaviour_steps),
+        "policy_optimizer": Adam(seeds, "policy", args.policy_lr, args.policy_steps if args.lr_decay else None),
+    }
+
+
+def updates(seeds: Seeds, optimizers: dict, data: datasets.Dataset, args: Args) -> dict[str, Callable]:
+    """The gradient step of each phase, a function of its random numbers."""
+    return {
+        "critic": lambda index: critic_step(seeds, optimizers, data[index], args),
+        "behaviour": lambda index, **noise: behaviour_step(seeds, optimizers, data[index], noise, args),
+        "policy": lambda index, **noise: policy_step(seeds, optimizers, data[index], noise, args),
+    }
+
+
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
     args = runs.fill_in(args, PAPER)
@@ -613,21 +632,10 @@ def train(args: Args) -> dict:
     data = datasets.load(args.env, args.device, args.eval_env, args.allow_unverified)
     sizes = data.obs_dim, data.action_dim
     seeds = Seeds(lambda seed: runs.prepare(build(*sizes, args), data, args, seed), args)
-    optimizers = {
-        "v_optimizer": Adam(seeds, "critic.v", args.critic_lr),
-        "q_optimizer": Adam(seeds, "critic.q", args.critic_lr),
-        "behaviour_optimizer": Adam(seeds, "behaviour", args.behaviour_lr, args.behaviour_steps),
-        "policy_optimizer": Adam(seeds, "policy", args.policy_lr, args.policy_steps if args.lr_decay else None),
-    }
+    optimizers = optimizers_of(seeds, args)
     start = run.restore(seeds, optimizers)
-
-    updates = {
-        "critic": lambda index: critic_step(seeds, optimizers, data[index], args),
-        "behaviour": lambda index, **noise: behaviour_step(seeds, optimizers, data[index], noise, args),
-        "policy": lambda index, **noise: policy_step(seeds, optimizers, data[index], noise, args),
-    }
-    updates = {phase: Update(update, args) for phase, update in updates.items()}
-    draws = {phase: Draws(seeds, partial(draw, phase=phase, data=data, args=args)) for phase in updates}
+    steps = {phase: Update(update, args) for phase, update in updates(seeds, optimizers, data, args).items()}
+    draws = {phase: Draws(seeds, partial(draw, phase=phase, data=data, args=args)) for phase in steps}
     actor = Update(lambda obs, **noise: {"action": seeds(partial(act, args=args), obs, noise)}, args)
     if args.eval_only:
         return run.show(evaluate(seeds, actor, data, run, args, start))
@@ -638,7 +646,7 @@ def train(args: Args) -> dict:
         phase = "critic" if step <= args.critic_steps else "behaviour" if step <= policy_start else "policy"
         if step == policy_start + 1:
             seeds.copy("behaviour", "policy")  # the warm start
-        metrics = updates[phase](**draws[phase](step))
+        metrics = steps[phase](**draws[phase](step))
         if phase == "policy" and (step % args.eval_every == 0 or step == total):
             metrics |= evaluate(seeds, actor, data, run, args, step)
         run.record(step, metrics, seeds, optimizers, sizes=sizes)

@@ -629,6 +629,31 @@ def draw(n: int, generator: torch.Generator, phase: str, data: datasets.Dataset,
     return numbers
 
 
+def optimizers_of(seeds: Seeds, args: Args) -> dict[str, Adam]:
+    """One for each part that is trained."""
+    decay = {"behaviour": args.behaviour_steps, "policy": args.policy_steps} if args.lr_decay else {}
+    optimizers = {
+        "v_optimizer": Adam(seeds, "critic.v", args.critic_lr),
+        "q_optimizer": Adam(seeds, "critic.q", args.critic_lr),
+    }
+    for part in ["policy"] if args.actions == "data" else ["behaviour", "policy"]:
+        optimizers[f"{part}_optimizer"] = Adam(seeds, part, args.policy_lr, decay.get(part))
+    return optimizers
+
+
+def updates(seeds: Seeds, optimizers: dict, data: datasets.Dataset, table: dict, args: Args) -> dict[str, Callable]:
+    """The gradient step of each phase, a function of its random numbers; `table` is that of `weighted_actions`."""
+
+    def policy(index: torch.Tensor, **noise: torch.Tensor) -> dict:
+        return policy_step(seeds, optimizers, data[index], seeds.rows(table, index), noise, args)
+
+    return {
+        "critic": lambda index: critic_step(seeds, optimizers, data[index], args),
+        "behaviour": lambda index, **noise: behaviour_step(seeds, optimizers, data[index], noise, args),
+        "policy": policy,
+    }
+
+
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
     args = runs.fill_in(args, PAPER)
@@ -636,37 +661,21 @@ def train(args: Args) -> dict:
     data = datasets.load(args.env, args.device, args.eval_env, args.allow_unverified)
     sizes = data.obs_dim, data.action_dim
     seeds = Seeds(lambda seed: runs.prepare(build(*sizes, args), data, args, seed), args)
-    lasting = {"behaviour": args.behaviour_steps, "policy": args.policy_steps}
-    if args.actions == "data":
-        del lasting["behaviour"]
-    optimizers = {
-        "v_optimizer": Adam(seeds, "critic.v", args.critic_lr),
-        "q_optimizer": Adam(seeds, "critic.q", args.critic_lr),
-    }
-    for part, steps in lasting.items():
-        optimizers[f"{part}_optimizer"] = Adam(seeds, part, args.policy_lr, steps if args.lr_decay else None)
-    start, table = run.restore(seeds, optimizers), {}
-
-    updates = {
-        "critic": lambda index: critic_step(seeds, optimizers, data[index], args),
-        "behaviour": lambda index, **noise: behaviour_step(seeds, optimizers, data[index], noise, args),
-        "policy": lambda index, **noise: policy_step(
-            seeds, optimizers, data[index], seeds.rows(table, index), noise, args
-        ),
-    }
-    updates = {phase: Update(update, args) for phase, update in updates.items()}
-    draws = {phase: Draws(seeds, partial(draw, phase=phase, data=data, args=args)) for phase in updates}
+    optimizers, table = optimizers_of(seeds, args), {}
+    start = run.restore(seeds, optimizers)
+    steps = {phase: Update(update, args) for phase, update in updates(seeds, optimizers, data, table, args).items()}
+    draws = {phase: Draws(seeds, partial(draw, phase=phase, data=data, args=args)) for phase in steps}
     actor = Update(lambda obs, **noise: {"action": seeds(partial(act, args=args), obs, noise)}, args)
     if args.eval_only:
         return run.show(evaluate(seeds, actor, data, run, args, start))
 
-    policy_start = args.critic_steps + lasting.get("behaviour", 0)  # the phases: critic, behaviour if any, policy
+    policy_start = args.critic_steps + (0 if args.actions == "data" else args.behaviour_steps)
     total = policy_start + args.policy_steps
     for step in run.steps(start, total):
         phase = "critic" if step <= args.critic_steps else "behaviour" if step <= policy_start else "policy"
         if phase == "policy" and args.actions != "resampled" and not table:
             table |= seeds.join(seeds.each(partial(weighted_actions, data=data, args=args)))
-        metrics = updates[phase](**draws[phase](step))
+        metrics = steps[phase](**draws[phase](step))
         if phase == "policy" and (step % args.eval_every == 0 or step == total):
             metrics |= evaluate(seeds, actor, data, run, args, step)
         run.record(step, metrics, seeds, optimizers, sizes=sizes)

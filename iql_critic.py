@@ -429,6 +429,23 @@ def draw(n: int, generator: torch.Generator, data: datasets.Dataset, args: Args)
     return {"index": torch.randint(len(data), (n, args.batch_size), device=args.device, generator=generator)}
 
 
+def optimizers_of(seeds: Seeds, args: Args) -> dict[str, Adam]:
+    """One for each part that is trained."""
+    return {
+        "v_optimizer": Adam(seeds, "critic.v", args.critic_lr),
+        "q_optimizer": Adam(seeds, "critic.q", args.critic_lr),
+        "policy_optimizer": Adam(seeds, "policy", args.policy_lr, args.policy_steps if args.lr_decay else None),
+    }
+
+
+def updates(seeds: Seeds, optimizers: dict, data: datasets.Dataset, args: Args) -> dict[str, Callable]:
+    """The gradient step of each phase, a function of its random numbers."""
+    return {
+        "critic": lambda index: critic_step(seeds, optimizers, data[index], args),
+        "policy": lambda index: policy_step(seeds, optimizers, data[index], args),
+    }
+
+
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
     args = runs.fill_in(args, PAPER)
@@ -436,16 +453,10 @@ def train(args: Args) -> dict:
     data = datasets.load(args.env, args.device, args.eval_env, args.allow_unverified)
     sizes = data.obs_dim, data.action_dim
     seeds = Seeds(lambda seed: runs.prepare(build(*sizes, args), data, args, seed), args)
-    optimizers = {
-        "v_optimizer": Adam(seeds, "critic.v", args.critic_lr),
-        "q_optimizer": Adam(seeds, "critic.q", args.critic_lr),
-        "policy_optimizer": Adam(seeds, "policy", args.policy_lr, args.policy_steps if args.lr_decay else None),
-    }
+    optimizers = optimizers_of(seeds, args)
     start = run.restore(seeds, optimizers)
-
+    steps = {phase: Update(update, args) for phase, update in updates(seeds, optimizers, data, args).items()}
     draws = Draws(seeds, partial(draw, data=data, args=args))
-    update_critic = Update(lambda index: critic_step(seeds, optimizers, data[index], args), args)
-    update_policy = Update(lambda index: policy_step(seeds, optimizers, data[index], args), args)
     actor = Update(lambda obs, **noise: {"action": seeds(partial(act, args=args), obs, noise)}, args)
     if args.eval_only:
         return run.show(evaluate(seeds, actor, data, run, args, start))
@@ -454,9 +465,9 @@ def train(args: Args) -> dict:
     for step in run.steps(start, total):
         numbers, metrics = draws(step), {}
         if step <= args.critic_steps:
-            metrics |= update_critic(**numbers)
+            metrics |= steps["critic"](**numbers)
         if step <= args.policy_steps:
-            metrics |= update_policy(**numbers)
+            metrics |= steps["policy"](**numbers)
         if step % args.eval_every == 0 or step == total:
             metrics |= evaluate(seeds, actor, data, run, args, step)
         run.record(step, metrics, seeds, optimizers, sizes=sizes)
