@@ -228,7 +228,7 @@ class Update:
         if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
             return self._fall_back(f"torch {torch.__version__} can't trace a whole update")
         torch._dynamo.config.trace_autograd_ops = True
-        self.function = torch.compile(self.eager, fullgraph=True)
+        self.function = torch.compile(self.eager, fullgraph=True, options={"cpp_wrapper": True})
 
     def _fall_back(self, reason: str) -> None:
         print(f"not compiled, the run goes on without: {reason}", flush=True)
