@@ -55,7 +55,7 @@ from common import bandit, datasets, environments, runs, samplers
 @dataclass
 class Args:
     env: str = "halfcheetah-demo"
-    """the data: halfcheetah-demo, bandit, a D4RL name such as hopper-medium-v2, or the path of an HDF5 file"""
+    """the data: halfcheetah-demo, bandit, a D4RL name (hopper-medium-v2), minari:NAME, or an HDF5 file's path"""
     eval_env: str | None = None
     """where own data's policy is scored: a D4RL family such as hopper (its score), or a Gymnasium id (raw return)"""
     seed: int = 0
@@ -68,6 +68,8 @@ class Args:
     """go on from the run folder's checkpoint, if there is one"""
     eval_only: bool = False
     """score the run folder's checkpoint and stop"""
+    video: bool = False
+    """when the run is finished, or with --eval-only: play one episode into the run folder, as video.mp4"""
     allow_unverified: bool = False
     """accept a D4RL file whose checksum is not the published one"""
     normalize_obs: bool | None = None
@@ -570,6 +572,7 @@ def train(args: Args) -> dict:
         optimizers["behaviour_optimizer"] = torch.optim.Adam(behaviour.parameters(), args.policy_lr, fused=True)
     start = run.restore(models | optimizers)
     if args.eval_only:
+        environments.record(partial(act, models), args, run.folder)
         return run.show(evaluate(models, data, run, args, start))
 
     behaviour_start = args.critic_steps  # the phases: critic, behaviour if there is one, policy
@@ -600,6 +603,7 @@ def train(args: Args) -> dict:
             if step % args.eval_every == 0 or step == total:
                 metrics |= evaluate(models, data, run, args, step)
         run.record(step, metrics, models | optimizers, sizes=(data.obs_dim, data.action_dim))
+    environments.record(partial(act, models), args, run.folder)
     return run.finish()
 
 

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -37,6 +38,7 @@ FREE = {
     "run_dir",
     "resume",
     "eval_only",
+    "video",
     "device",
     "eval_every",
     "eval_episodes",
@@ -97,6 +99,8 @@ def fill_in(args, paper: dict):
             raise UserError(f"{flag} {value}: must be at least 1")
         if (name in AT_MOST_1 and value > 1) or (name == "expectile" and not 0 < value < 1):
             raise UserError(f"{flag} {value}: must lie between 0 and 1")
+    if args.video:
+        environments.check_video(args.eval_env)
     return args
 
 
@@ -126,6 +130,7 @@ class Run:
     def __init__(self, args, algorithm: str):
         """Only looks; the folder is made by `steps`. Raises UserError if it holds another run."""
         name = Path(args.env).stem if _own_file(args.env) else args.env
+        name = re.sub("[:/]", "-", args.env) if args.env.startswith(datasets.MINARI) else name
         self.folder = Path(args.run_dir or f"runs/{name}/{algorithm}/seed{args.seed}")
         self.args, self.arguments = args, json.loads(json.dumps(dataclasses.asdict(args), default=str))
         self.config = {"algorithm": algorithm, "args": self.arguments} | _origin()
@@ -293,7 +298,7 @@ class Run:
 
 
 def _own_file(env: str) -> bool:
-    return env.endswith((".hdf5", ".h5")) or Path(env).is_file()
+    return env.endswith((".hdf5", ".h5")) or env.startswith(datasets.MINARI) or Path(env).is_file()
 
 
 def _write(path: Path, text: str) -> None:
