@@ -220,8 +220,8 @@ def check_video(name: str | None) -> None:
     if library:
         os.environ["MUJOCO_GL"] = library
     elif isinstance(env.unwrapped, MujocoEnv):
-        tried = os.environ.get("MUJOCO_GL") or f"any of {', '.join(RENDERERS)}"
-        raise UserError(f"--video: MuJoCo can't draw here with MUJOCO_GL={tried}; install libegl1 or libosmesa6")
+        tried = os.environ.get("MUJOCO_GL") or " or ".join(RENDERERS)
+        raise UserError(f"--video: MuJoCo can't draw here by MUJOCO_GL={tried}; install libegl1 or libosmesa6")
     env.reset()
     try:
         drawn = np.ndim(env.render()) == 3
@@ -235,7 +235,7 @@ def check_video(name: str | None) -> None:
 def renderer() -> str | None:
     """What MuJoCo can draw with on this machine: of $MUJOCO_GL, or if it is not set of RENDERERS; None: nothing."""
     given = os.environ.get("MUJOCO_GL")
-    for name in [given] if given else RENDERERS:  # in processes of their own: in one, a failed one bars the others
+    for name in [given] if given else RENDERERS:  # each in a new process: a failed one bars the next
         environment = os.environ | {"MUJOCO_GL": name}
         if not subprocess.run([sys.executable, "-c", DRAW], env=environment, capture_output=True).returncode:
             return name

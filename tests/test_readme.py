@@ -39,9 +39,8 @@ def write_minari(name, env):
         next_obs, _, done, _, _ = env.step(action[-1])
         obs.append(next_obs)
     over = np.arange(len(action)) == len(action) - 1
-    episode = minari.data_collector.EpisodeBuffer(
-        None, 0, None, np.array(obs), np.array(action), 1.0 * over, over, 0 * over
-    )
+    columns = np.array(obs), np.array(action), over.astype(float), over, np.zeros_like(over)
+    episode = minari.data_collector.EpisodeBuffer(None, None, None, *columns)
     minari.create_dataset_from_buffers(name, [episode], env=env)
 
 

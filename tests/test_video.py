@@ -94,7 +94,7 @@ def test_missing_environment():
 def test_missing_renderer(monkeypatch):
     pytest.importorskip("imageio_ffmpeg")
     monkeypatch.setenv("MUJOCO_GL", "none")
-    with pytest.raises(UserError, match="--video: MuJoCo can't draw here with MUJOCO_GL=none; install"):
+    with pytest.raises(UserError, match="--video: MuJoCo can't draw here by MUJOCO_GL=none; install"):
         train("gmpo", video=True)
     assert not Path("runs").exists()
 
