@@ -256,8 +256,8 @@ def record(policy: Callable, args, folder: Path) -> None:
     env, generator = make(args.eval_env, "rgb_array"), torch.Generator(args.device).manual_seed(args.seed)
     rate = env.metadata.get("render_fps", 30)  # steps a second
     stride = max(1, round(rate / 30))  # steps a frame: drawing takes longer than playing
-    obs, over, path = env.reset(seed=args.seed)[0], False, folder / "video.mp4"
-    with imageio.get_writer(path, fps=rate / stride, macro_block_size=2) as video:
+    obs, over, temporary = env.reset(seed=args.seed)[0], False, folder / "video.tmp.mp4"
+    with imageio.get_writer(temporary, fps=rate / stride, macro_block_size=2) as video:
         for step in itertools.count():
             if over or step % stride == 0:
                 video.append_data(env.render())
@@ -267,4 +267,5 @@ def record(policy: Callable, args, folder: Path) -> None:
             obs, _, terminated, truncated, _ = env.step(action[0].cpu().numpy())
             over = terminated or truncated
     env.close()
-    print(f"one episode is in {path}")
+    os.replace(temporary, folder / "video.mp4")  # a killed run leaves no half of it
+    print(f"one episode is in {folder / 'video.mp4'}")
