@@ -53,7 +53,7 @@ from common.training import Adam, Draws, Seeds, Update
 @dataclass
 class Args:
     env: str = "halfcheetah-demo"
-    """the data: halfcheetah-demo, bandit, a D4RL name such as hopper-medium-v2, or the path of an HDF5 file"""
+    """the data: halfcheetah-demo, bandit, a D4RL name (hopper-medium-v2), minari:NAME, or an HDF5 file's path"""
     eval_env: str | None = None
     """where own data's policy is scored: a D4RL family such as hopper (its score), or a Gymnasium id (raw return)"""
     seed: int = 0
@@ -74,6 +74,8 @@ class Args:
     """go on from the run folder's checkpoint, if there is one"""
     eval_only: bool = False
     """score the run folder's checkpoint and stop"""
+    video: bool = False
+    """when the run is finished, or with --eval-only: play one episode into the run folder, as video.mp4"""
     allow_unverified: bool = False
     """accept a D4RL file whose checksum is not the published one"""
     normalize_obs: bool | None = None
@@ -415,14 +417,19 @@ def act(models: dict, obs: torch.Tensor, noise: dict, args: Args) -> torch.Tenso
     return action.view(len(obs), args.candidates, -1)[torch.arange(len(obs), device=obs.device), chosen]
 
 
+def play(models: dict, obs: torch.Tensor, args: Args, generator: torch.Generator) -> torch.Tensor:
+    """`act` with noise from `generator`: (B, O) -> (B, A)."""
+    return act(models, obs, acting_noise(len(obs), models["policy"].action_dim, args, generator), args)
+
+
 def load_policy(path: str | Path, device: str = "cpu", seed: int = 0) -> Callable:
     """A run's policy (its folder or checkpoint.pt) as act(obs): numpy or torch, (B, O) or (O,) -> actions in kind."""
     checkpoint = runs.load_checkpoint(path)
-    args, sizes = Args(**checkpoint["args"] | {"device": device}), checkpoint["sizes"]
-    models, generator = build(*sizes, args), torch.Generator(device).manual_seed(seed)
+    args, generator = Args(**checkpoint["args"] | {"device": device}), torch.Generator(device).manual_seed(seed)
+    models = build(*checkpoint["sizes"], args)
     for name, model in models.items():
         model.to(device).load_state_dict(checkpoint[name])
-    return runs.numpy_or_torch(lambda o: act(models, o, acting_noise(len(o), sizes[1], args, generator), args), device)
+    return runs.numpy_or_torch(lambda obs: play(models, obs, args, generator), device)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -474,8 +481,7 @@ def evaluate_bandit(
         "implicit": implicit_weights(bandit.REWARDS - optimal_v, args),
         "softmax": torch.softmax(args.beta * bandit.REWARDS, -1),
     }[args.extraction]
-    noises = [acting_noise(512, data.action_dim, args, stream) for _ in range(8)]  # in chunks, to spare memory
-    action = torch.cat([act(models, data.obs[:512], noise, args) for noise in noises])
+    action = torch.cat([play(models, obs, args, stream) for obs in data.obs[:4096].split(512)])
     return bandit.report(action, target / target.sum(), folder, step)
 
 
@@ -561,6 +567,7 @@ def train(args: Args) -> dict:
     candidates = {"eval/candidates": np.full(seeds.count, args.candidates)}
     actor = Update(lambda obs, **noise: {"action": seeds(partial(act, args=args), obs, noise)}, args)
     if args.eval_only:
+        run.film(seeds, play)
         return run.show(evaluate(seeds, actor, data, run, args, start) | candidates)
 
     # differs from the authors' code: of its two actor steps beside each critic step, one had an empty batch
@@ -571,6 +578,7 @@ def train(args: Args) -> dict:
         if phase == "policy" and (step % args.eval_every == 0 or step == total):
             metrics |= evaluate(seeds, actor, data, run, args, step) | candidates
         run.record(step, metrics, seeds, optimizers, sizes=sizes)
+    run.film(seeds, play)
     return run.finish()
 
 

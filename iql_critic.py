@@ -54,7 +54,7 @@ from common.training import Adam, Draws, Seeds, Update
 @dataclass
 class Args:
     env: str = "halfcheetah-demo"
-    """the data: halfcheetah-demo, bandit, a D4RL name such as hopper-medium-v2, or the path of an HDF5 file"""
+    """the data: halfcheetah-demo, bandit, a D4RL name (hopper-medium-v2), minari:NAME, or an HDF5 file's path"""
     eval_env: str | None = None
     """where own data's policy is scored: a D4RL family such as hopper (its score), or a Gymnasium id (raw return)"""
     seed: int = 0
@@ -75,6 +75,8 @@ class Args:
     """go on from the run folder's checkpoint, if there is one"""
     eval_only: bool = False
     """score the run folder's checkpoint and stop"""
+    video: bool = False
+    """when the run is finished, or with --eval-only: play one episode into the run folder, as video.mp4"""
     allow_unverified: bool = False
     """accept a D4RL file whose checksum is not the published one"""
     normalize_obs: bool | None = None
@@ -212,13 +214,13 @@ class GaussianActor(nn.Module):
 
     def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int, dropout: float):
         super().__init__()
-        self.normalize, self.net = normalize, mlp(obs_dim, 256, 256, action_dim, dropout=dropout)
+        self.normalize, self.action_dim = normalize, action_dim
+        self.net = mlp(obs_dim, 256, 256, action_dim, dropout=dropout)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
 
     def forward(self, obs: torch.Tensor) -> torch.distributions.Normal:
-        mean = torch.tanh(
-            self.net(self.normalize(obs))
-        )  # not a squashed Gaussian: tanh is inside the mean, samples may leave [-1, 1]
+        # not a squashed Gaussian: tanh is inside the mean, samples may leave [-1, 1]
+        mean = torch.tanh(self.net(self.normalize(obs)))
         return torch.distributions.Normal(mean, self.log_std.clamp(-5, 2).exp(), validate_args=False)
 
 
@@ -327,14 +329,19 @@ def act(models: dict, obs: torch.Tensor, noise: dict, args: Args) -> torch.Tenso
     return models["policy"].eval()(obs).mean
 
 
+def play(models: dict, obs: torch.Tensor, args: Args, generator: torch.Generator) -> torch.Tensor:
+    """`act` with noise from `generator`: (B, O) -> (B, A)."""
+    return act(models, obs, acting_noise(len(obs), models["policy"].action_dim, args, generator), args)
+
+
 def load_policy(path: str | Path, device: str = "cpu", seed: int = 0) -> Callable:
     """A run's policy (its folder or checkpoint.pt) as act(obs): numpy or torch, (B, O) or (O,) -> actions in kind."""
     checkpoint = runs.load_checkpoint(path)
-    args, sizes = Args(**checkpoint["args"] | {"device": device}), checkpoint["sizes"]
-    models, generator = build(*sizes, args), torch.Generator(device).manual_seed(seed)
+    args, generator = Args(**checkpoint["args"] | {"device": device}), torch.Generator(device).manual_seed(seed)
+    models = build(*checkpoint["sizes"], args)
     for name, model in models.items():
         model.to(device).load_state_dict(checkpoint[name])
-    return runs.numpy_or_torch(lambda o: act(models, o, acting_noise(len(o), sizes[1], args, generator), args), device)
+    return runs.numpy_or_torch(lambda obs: play(models, obs, args, generator), device)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -459,6 +466,7 @@ def train(args: Args) -> dict:
     draws = Draws(seeds, partial(draw, data=data, args=args))
     actor = Update(lambda obs, **noise: {"action": seeds(partial(act, args=args), obs, noise)}, args)
     if args.eval_only:
+        run.film(seeds, play)
         return run.show(evaluate(seeds, actor, data, run, args, start))
 
     total = max(args.critic_steps, args.policy_steps)
@@ -471,6 +479,7 @@ def train(args: Args) -> dict:
         if step % args.eval_every == 0 or step == total:
             metrics |= evaluate(seeds, actor, data, run, args, step)
         run.record(step, metrics, seeds, optimizers, sizes=sizes)
+    run.film(seeds, play)
     return run.finish()
 
 

@@ -1,4 +1,4 @@
-"""A D4RL name or an HDF5 file -> transitions in one tensor on one device.
+"""A D4RL name, an HDF5 file or a Minari dataset -> transitions in one tensor on one device.
 
 The rules are those of D4RL (arXiv:2004.07219) and its `qlearning_dataset`, the rewards those of IQL (arXiv:2110.06169);
 the package `d4rl` is not needed. d4rl_tasks.tsv lists D4RL's tasks of continuous control that have a reference score,
@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 import pooch
 import torch
+from gymnasium.spaces import Box
 from torch import Tensor
 
 from common import UserError
@@ -28,6 +29,7 @@ UNSCALED = ("pen", "hammer", "door", "relocate", "adroit", "kitchen", "maze2d")
 STEP_LIMITS = {"maze2d-open": 150, "maze2d-umaze": 300, "maze2d-medium": 600, "maze2d-large": 800, "antmaze-umaze": 700}
 STEP_LIMITS |= {"pen": 100, "hammer": 200, "door": 200, "relocate": 200, "kitchen": 280}
 CHUNK = 16384  # rows copied at a time
+MINARI = "minari:"  # before the name of a dataset of the optional package minari
 
 
 class Task(NamedTuple):
@@ -79,13 +81,14 @@ class Dataset:
 
 
 def load(name_or_path: str, device="cpu", eval_env: str | None = None, allow_unverified: bool = False) -> Dataset:
-    """The transitions of bandit, halfcheetah-demo, a D4RL task, or an own HDF5 file with the keys of RANKS.
+    """The transitions of bandit, halfcheetah-demo, a D4RL task, minari:NAME, or an HDF5 file with the keys of RANKS.
 
     The reward rule (see `transitions`) follows the task's name; for an own file it follows `eval_env` if that begins
-    with a D4RL family such as antmaze or pen, else it is locomotion's: beta is a temperature on scaled rewards. Actions
-    are clipped to +-ACTION_LIMIT; an own file with actions beyond +-1.01, which is more than rounding, is refused
-    (D4RL's files are only clipped, as in the reference code). Raises UserError for an unknown name, a failed download,
-    a wrong checksum (`allow_unverified` takes a file already in place all the same), a damaged file, unusable data.
+    with a D4RL family such as antmaze or pen, else it is locomotion's: beta is a temperature on scaled rewards. For
+    Minari it follows `eval_env`, else the dataset's name. Actions are clipped to +-ACTION_LIMIT; an own file with
+    actions beyond +-1.01, which is more than rounding, is refused (D4RL's files are only clipped, as in the reference
+    code, and so is Minari's data, in the bounds it states). Raises UserError for an unknown name, a failed download, a
+    wrong checksum (`allow_unverified` takes a file already in place all the same), a damaged file, unusable data.
     """
     if name_or_path in ("bandit", "halfcheetah-demo"):  # made here; both modules build on this one
         from common import bandit, demo
@@ -95,6 +98,8 @@ def load(name_or_path: str, device="cpu", eval_env: str | None = None, allow_unv
     if name_or_path in tasks:
         path = _task_file(name_or_path, tasks[name_or_path], allow_unverified)
         return transitions(read_hdf5(path), name_or_path, device, path)
+    if name_or_path.startswith(MINARI):
+        return transitions(read_minari(name_or_path), _minari_task(eval_env or name_or_path), device, name_or_path)
     path = Path(name_or_path).expanduser()
     if not path.exists():
         raise UserError(_unknown(name_or_path, tasks))
@@ -102,7 +107,7 @@ def load(name_or_path: str, device="cpu", eval_env: str | None = None, allow_unv
     highest = max(raw["actions"].max(), -raw["actions"].min())
     if highest > 1.01:
         raise UserError(f"{path}: actions reach {highest:.4g}; rescale them to [-1, 1] by the environment's bounds")
-    return transitions(raw, eval_env or "", device, path)
+    return transitions(raw, _minari_task(eval_env or ""), device, path)
 
 
 def check_sizes(dataset: Dataset, env) -> None:
@@ -165,6 +170,71 @@ def _read(path: str | Path, key: str, data: h5py.Dataset) -> np.ndarray:
     return array != 0 if key in ("terminals", "timeouts") else array
 
 
+def minari_dataset(name: str):
+    """The minari.MinariDataset of `minari:NAME`, from Minari's folder ($MINARI_DATASETS_PATH, else ~/.minari/datasets).
+
+    Only its metadata is read. Raises UserError if the package or the dataset is missing, if minari can't read it, and
+    for observations or actions that are no vectors, or actions without bounds.
+    """
+    try:
+        import minari
+    except ImportError:
+        raise UserError(f'{name} needs an optional package: pip install "minari[hf]==0.5.4"') from None
+    try:
+        dataset = minari.load_dataset(name.removeprefix(MINARI))
+    except FileNotFoundError:
+        raise UserError(f"{name} is not on this machine; get it by: {_minari_download(name)}") from None
+    except Exception as error:  # whatever a damaged or foreign folder makes minari and gymnasium raise
+        raise UserError(
+            f"{name} can't be read ({error}); mend that or get it again by: {_minari_download(name)}"
+        ) from None
+    obs, action = dataset.observation_space, dataset.action_space
+    flat = all(isinstance(space, Box) and len(space.shape) == 1 for space in (obs, action))
+    if not (flat and action.is_bounded()):
+        raise UserError(f"{name} has observations {obs} and actions {action}: both must be vectors, actions bounded")
+    return dataset
+
+
+def read_minari(name: str) -> dict[str, np.ndarray]:
+    """The episodes of `minari:NAME` one after the other, in the layout of `read_hdf5`; actions rescaled to [-1, 1].
+
+    Minari stores the observation after the last action too, which D4RL's files lack. An episode of T steps becomes
+    T + 1 rows: the last one is that observation alone and is marked as the timeout. `transitions` drops it, and so no
+    step is lost: a truncated one keeps its own next observation and done = 0, a terminal one done = 1. Raises UserError
+    as `minari_dataset` does, and for episodes that are damaged or hold NaN or inf.
+    """
+    dataset = minari_dataset(name)
+    obs, action = dataset.observation_space, dataset.action_space
+    centre, half = (action.high + action.low) / 2, (action.high - action.low) / 2  # (A,) each
+    sizes = {"observations": obs.shape, "actions": action.shape, "rewards": ()}
+    n, end = dataset.total_steps + dataset.total_episodes, 0
+    raw = {key: np.zeros((n, *shape), np.float32) for key, shape in sizes.items()}
+    raw |= {key: np.zeros(n, bool) for key in ("terminals", "timeouts")}
+    try:
+        for episode in dataset:
+            start, end = end, end + len(episode) + 1
+            raw["observations"][start:end] = episode.observations
+            raw["actions"][start : end - 1] = (episode.actions - centre) / half
+            raw["rewards"][start : end - 1] = episode.rewards
+            raw["terminals"][start : end - 1] = episode.terminations
+            raw["timeouts"][end - 1] = True
+            for key in sizes:
+                if not np.isfinite(raw[key][start:end]).all():
+                    raise UserError(f"{name}: {key} is NaN or infinite in episode {episode.id}; remove that episode")
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:  # h5py's and numpy's
+        raise UserError(f"{name} is damaged ({error}); get it again by: {_minari_download(name)}") from None
+    return raw
+
+
+def _minari_download(name: str) -> str:
+    return f"minari download {name.removeprefix(MINARI)}"
+
+
+def _minari_task(name: str) -> str:
+    """`minari:D4RL/pen/human-v2` -> `pen-human-v2`, D4RL's own way of naming it; other names as they are."""
+    return name.removeprefix(MINARI).removeprefix("D4RL/").replace("/", "-") if name.startswith(MINARI) else name
+
+
 def transitions(raw: dict[str, np.ndarray], name: str = "", device="cpu", source: str | Path = "the data") -> Dataset:
     """The rule of D4RL's `qlearning_dataset` on the arrays of `read_hdf5`.
 
@@ -219,7 +289,7 @@ def _tasks() -> dict[str, Task]:
 
 def _unknown(name: str, tasks: dict) -> str:
     if Path(name).suffix in (".hdf5", ".h5") or os.sep in name:
-        return f"{name} does not exist; give the path of an HDF5 file or the name of a D4RL task"
+        return f"{name} does not exist; give the path of an HDF5 file, the name of a D4RL task or minari:NAME"
     close = difflib.get_close_matches(name, tasks, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else "D4RL's names look like hopper-medium-v2."
     return f"{name} is neither a D4RL task nor an HDF5 file; {hint}"

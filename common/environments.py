@@ -1,19 +1,28 @@
-"""A D4RL family or a Gymnasium id -> the environment that a policy is scored in, with D4RL's physics; and the score.
+"""A D4RL family, Gymnasium id or Minari dataset -> the environment to score a policy in; the score; and a video.
 
 D4RL's scores are returns in MuJoCo 2.1.0. Gymnasium's -v4 environments pose the same tasks on today's MuJoCo, where two
 things differ: the inertia of a capsule and the margin of a contact. That can halve a score: one Hopper policy has
 73.0 in D4RL's own environment, 34.6 in Hopper-v4 as shipped, 73.0 in `make("hopper")`, which undoes both differences.
 """
 
+import itertools
+import os
+import subprocess
+import sys
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import gymnasium
 import mujoco
 import numpy as np
+import torch
+from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.spaces import Box
 from gymnasium.wrappers import RescaleAction, TransformAction, TransformObservation
 
 from common import UserError
+from common.datasets import MINARI, minari_dataset
 
 LOCOMOTION = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
 ADROIT = {f: f"AdroitHand{f.capitalize()}-v1" for f in ("pen", "door", "hammer", "relocate")}
@@ -47,8 +56,10 @@ def evaluation_env(env: str, eval_env: str | None) -> str | None:
 
     Raises UserError as `make` does; says so in a line if there is no environment.
     """
-    name = eval_env or (env if env in ENVIRONMENTS else family(env))
-    if env == "bandit" or (eval_env is None and name not in ENVIRONMENTS):
+    from_minari = env.startswith(MINARI)
+    name = eval_env or (env if env in ENVIRONMENTS or from_minari else family(env))
+    known = minari_dataset(env).env_spec if from_minari else name in ENVIRONMENTS
+    if env == "bandit" or (eval_env is None and not known):
         if env != "bandit":
             print(f"{env} is trained without a score: no environment for it is known here; --eval-env names one")
         return None
@@ -61,16 +72,23 @@ def normalized_score(returns: float | np.ndarray, name: str) -> float | np.ndarr
 
     `returns` are undiscounted, unscaled sums of reward, of any shape. `name` is that of the task they were made in: a
     family, a dataset's name or `halfcheetah-demo`. None for a name without reference returns, such as a Gymnasium id.
+    A Minari dataset brings its own reference returns, or none.
     """
     reference = REFERENCE_RETURNS.get(name) or REFERENCE_RETURNS.get(family(name))
+    if name.startswith(MINARI):
+        metadata = minari_dataset(name).storage.metadata
+        reference = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+        reference = None if None in reference else reference
     if reference is None:
         return None
     low, high = reference
     return 100 * (returns - low) / (high - low)
 
 
-def make(name: str) -> gymnasium.Env:
+def make(name: str, render_mode: str | None = None) -> gymnasium.Env:
     """The environment of a D4RL family (a key of ENVIRONMENTS), or of any Gymnasium id (`Pendulum-v1`, `module:Id-v0`).
+
+    `minari:NAME` is the environment that this local dataset was made for, as its metadata has it.
 
     Observations are (O,), as the environment gives them. Actions are (A,) in [-1, 1], clipped before they reach the
     environment, so that its control cost is that of the clipped action, as in D4RL. Policies act in [-1, 1] and a
@@ -97,7 +115,10 @@ def make(name: str) -> gymnasium.Env:
     try:
         with warnings.catch_warnings():  # -v4 is old on purpose: -v5 has other rewards and frictions than D4RL
             warnings.filterwarnings("ignore", r".*-v4 is out of date", DeprecationWarning)
-            env = gymnasium.make(ENVIRONMENTS.get(name, name), max_episode_steps=max_steps)
+            if name.startswith(MINARI):
+                env = _recover(name, render_mode)
+            else:
+                env = gymnasium.make(ENVIRONMENTS.get(name, name), max_steps, render_mode=render_mode)
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         raise UserError(f"Cannot make the environment {name!r}: {error}") from error
 
@@ -116,6 +137,13 @@ def make(name: str) -> gymnasium.Env:
         env = RescaleAction(env, np.float32(-1), np.float32(1))
     # gymnasium's ClipAction would clip as well, but then call the action space infinite
     return TransformAction(env, lambda a: np.clip(a, -1, 1), env.action_space)
+
+
+def _recover(name: str, render_mode: str | None) -> gymnasium.Env:
+    dataset = minari_dataset(name)
+    if dataset.env_spec is None:
+        raise UserError(f"{name} does not say what its environment is; name another one by --eval-env")
+    return dataset.recover_environment(eval_env=True, render_mode=render_mode)
 
 
 def restore_capsules(model: mujoco.MjModel, keep_total_mass: bool) -> None:
@@ -167,3 +195,75 @@ def restore_margins(model: mujoco.MjModel) -> None:
     if mujoco.mj_version() >= 350:  # 3.4.0 calls itself 340, 3.5.0 3005000
         model.geom_margin[:] /= 2
         model.geom_gap[:] /= 2
+
+
+# A video
+
+RENDERERS = ("egl", "osmesa", "glfw")  # the last one needs a screen
+DRAW = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8).render()"
+
+
+def check_video(name: str | None) -> None:
+    """Raises UserError if `record` can't draw `make(name)` on this machine: a package or a renderer is missing.
+
+    Sets MUJOCO_GL, if it is not set, to what draws here.
+    """
+    if name is None:
+        raise UserError("--video needs an environment to play an episode in, and this run has none; see --eval-env")
+    try:
+        import imageio_ffmpeg
+
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError):  # RuntimeError: the package is there, its program is not
+        raise UserError("--video needs an optional package: pip install imageio-ffmpeg==0.8.1") from None
+    env, library = make(name, "rgb_array"), renderer()
+    if library:
+        os.environ["MUJOCO_GL"] = library
+    elif isinstance(env.unwrapped, MujocoEnv):
+        tried = os.environ.get("MUJOCO_GL") or " or ".join(RENDERERS)
+        raise UserError(f"--video: MuJoCo can't draw here by MUJOCO_GL={tried}; install libegl1 or libosmesa6")
+    env.reset()
+    try:
+        drawn = np.ndim(env.render()) == 3
+    except Exception as error:  # an environment of any kind, pygame is missing, say
+        raise UserError(f"--video: {name} can't be drawn here ({error})") from None
+    env.close()
+    if not drawn:
+        raise UserError(f"--video: {name} draws no pictures (render_mode rgb_array); leave --video out")
+
+
+def renderer() -> str | None:
+    """What MuJoCo can draw with on this machine: of $MUJOCO_GL, or if it is not set of RENDERERS; None: nothing."""
+    given = os.environ.get("MUJOCO_GL")
+    for name in [given] if given else RENDERERS:  # each in a new process: a failed one bars the next
+        environment = os.environ | {"MUJOCO_GL": name}
+        if not subprocess.run([sys.executable, "-c", DRAW], env=environment, capture_output=True).returncode:
+            return name
+    return None
+
+
+@torch.no_grad()
+def record(policy: Callable, args, seed: int, folder: Path) -> None:
+    """One episode in `make(args.eval_env)` as video.mp4 in `folder`.
+
+    `policy` takes obs (1, O), args and a generator, and returns an action (1, A) in [-1, 1]. The generator is the
+    episode's own, so that filming draws from no other random stream. `check_video` comes first, before any training.
+    """
+    import imageio.v2 as imageio
+
+    env, generator = make(args.eval_env, "rgb_array"), torch.Generator(args.device).manual_seed(seed)
+    rate = env.metadata.get("render_fps", 30)  # steps a second
+    stride = max(1, round(rate / 30))  # steps a frame: drawing takes longer than playing
+    obs, over, temporary = env.reset(seed=seed)[0], False, folder / "video.tmp.mp4"
+    with imageio.get_writer(temporary, fps=rate / stride, macro_block_size=2) as video:
+        for step in itertools.count():
+            if over or step % stride == 0:
+                video.append_data(env.render())
+            if over:
+                break
+            action = policy(torch.as_tensor(obs, dtype=torch.float32, device=args.device)[None], args, generator)
+            obs, _, terminated, truncated, _ = env.step(action[0].cpu().numpy())
+            over = terminated or truncated
+    env.close()
+    os.replace(temporary, folder / "video.mp4")  # a killed run leaves no half of it
+    print(f"one episode is in {folder / 'video.mp4'}")

@@ -15,10 +15,12 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,6 +43,7 @@ FREE = {
     "cudagraph",
     "resume",
     "eval_only",
+    "video",
     "device",
     "eval_every",
     "eval_episodes",
@@ -102,6 +105,8 @@ def fill_in(args, paper: dict):
             raise UserError(f"{flag} {value}: must be at least 1")
         if (name in AT_MOST_1 and value > 1) or (name == "expectile" and not 0 < value < 1):
             raise UserError(f"{flag} {value}: must lie between 0 and 1")
+    if args.video:
+        environments.check_video(args.eval_env)
     return args
 
 
@@ -133,6 +138,7 @@ class Folder:
     def __init__(self, args, algorithm: str):
         """Only looks; `open` makes the folder. Raises UserError if it holds another run."""
         name = Path(args.env).stem if _own_file(args.env) else args.env
+        name = re.sub("[:/]", "-", args.env) if args.env.startswith(datasets.MINARI) else name
         self.path = Path(args.run_dir or f"runs/{name}/{algorithm}/seed{args.seed}")
         self.arguments = json.loads(json.dumps(dataclasses.asdict(args), default=str))
         self.config = {"algorithm": algorithm, "args": self.arguments} | _origin()
@@ -310,6 +316,12 @@ class Run:
         for folder in self.folders:
             folder.keep()
 
+    def film(self, seeds: Seeds, play: Callable) -> None:
+        """With `--video`, one episode of every seed into its folder, by `play(models, obs, args, generator)`."""
+        folders = iter(self.folders)
+        if self.args.video:
+            seeds.each(lambda m, seed: environments.record(partial(play, m), self.args, seed, next(folders).path))
+
     def finish(self) -> dict:
         """Write result.json of every seed and print the headline: the last score, with the best beside it.
 
@@ -382,7 +394,7 @@ def _interval(scores: np.ndarray) -> tuple[float, float]:
 
 
 def _own_file(env: str) -> bool:
-    return env.endswith((".hdf5", ".h5")) or Path(env).is_file()
+    return env.endswith((".hdf5", ".h5")) or env.startswith(datasets.MINARI) or Path(env).is_file()
 
 
 def _write(path: Path, text: str) -> None:

@@ -4,11 +4,15 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 
+import gymnasium
 import h5py
 import numpy as np
 import pytest
 import readme
+
+from common import environments
 
 TEXT = (readme.ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^    ((?:python|for) .*?)(?: +#.*)?$", TEXT, re.M)
@@ -25,6 +29,21 @@ def write_hdf5(path, obs_dim, action_dim, rows=64):
         file["timeouts"] = np.arange(rows) % 16 == 15
 
 
+def write_minari(name, env):
+    """A Minari dataset of one random episode in `env`."""
+    import minari
+
+    obs, action, done = [env.reset(seed=0)[0]], [], False
+    while not done:
+        action.append(env.action_space.sample())
+        next_obs, _, done, _, _ = env.step(action[-1])
+        obs.append(next_obs)
+    over = np.arange(len(action)) == len(action) - 1
+    columns = np.array(obs), np.array(action), over.astype(float), over, np.zeros_like(over)
+    episode = minari.data_collector.EpisodeBuffer(None, None, None, *columns)
+    minari.create_dataset_from_buffers(name, [episode], env=env)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with the data that README's commands name, and a `python` that gives every file a small budget."""
@@ -32,6 +51,10 @@ def folder(tmp_path_factory):
     write_hdf5(folder / "my_hopper.hdf5", 11, 3)
     write_hdf5(folder / "my_pendulum.hdf5", 3, 1)
     write_hdf5(folder / "halfcheetah_medium_expert-v2.hdf5", 17, 6)
+    if find_spec("minari"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MINARI_DATASETS_PATH", str(folder))
+            write_minari("mujoco/hopper/medium-v0", gymnasium.make("Hopper-v5"))
     shim = folder / "python"
     small = f"""case "$*" in *gmpg*) more="--behaviour-steps 4 --policy-batch-size 8 --sampler-steps 4";; esac
 case "$*" in *idql*) more="--policy-batch-size 8 --candidates 2";; esac
@@ -54,8 +77,12 @@ def test_every_equation_of_the_docstrings_has_a_line_in_some_file():
 
 def test_the_commands_run_in_their_order(folder):
     assert len(COMMANDS) >= 8
-    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "D4RL_DATASET_DIR": str(folder)}
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    environment |= {"D4RL_DATASET_DIR": str(folder), "MINARI_DATASETS_PATH": str(folder)}
+    films = find_spec("imageio_ffmpeg") and environments.renderer()
     for command in COMMANDS:
+        if ("minari:" in command and not find_spec("minari")) or ("--video" in command and not films):
+            continue  # the optional packages
         done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
