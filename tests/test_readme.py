@@ -90,4 +90,4 @@ def test_the_commands_run_in_their_order(folder):
 def test_making_the_parts_leaves_the_rest_alone():
     headings = re.findall(r"^## .*", TEXT, re.M)
     assert re.findall(r"^## .*", readme.current(), re.M) == headings and len(headings) >= 7
-    assert TEXT.count("<!-- end -->") == 2
+    assert TEXT.count("<!-- end -->") == 3
