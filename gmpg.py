@@ -582,19 +582,8 @@ def critic_step(seeds: Seeds, optimizers: dict, batch: datasets.Batch, args: Arg
     return metrics
 
 
-def behaviour_step(seeds: Seeds, optimizers: dict, batch: datasets.Batch, noise: dict, args: Args) -> dict:
-    """Eq. (5), every weight 1."""
-
-    def loss(models: dict, batch: datasets.Batch, noise: dict) -> tuple[torch.Tensor, dict]:
-        loss = matching_loss(models["behaviour"], batch.action, batch.obs, noise, args).mean()
-        return loss, {"behaviour/loss": loss.detach()}
-
-    return descend(seeds, optimizers["behaviour_optimizer"], loss, batch, noise)
-
-
-def policy_step(seeds: Seeds, optimizers: dict, batch: datasets.Batch, noise: dict, args: Args) -> dict:
+def policy_step(seeds: Seeds, optimizer: Adam, batch: datasets.Batch, noise: dict, args: Args) -> dict:
     """Eq. (14), its gradient clipped; in float32 always, which densities need."""
-    optimizer = optimizers["policy_optimizer"]
     loss, metrics = seeds(partial(policy_loss, args=args), batch, noise)
     gradients = torch.autograd.grad(loss.sum(), optimizer.parameters)  # of the policy alone: mu and Q are frozen
     # differs from the reference code: no clipping there; one sample near a fold of the sampler can ruin a run
@@ -625,11 +614,21 @@ def optimizers_of(seeds: Seeds, args: Args) -> dict[str, Adam]:
 
 def updates(seeds: Seeds, optimizers: dict, data: datasets.Dataset, args: Args) -> dict[str, Callable]:
     """The gradient step of each phase, a function of its random numbers."""
-    return {
-        "critic": lambda index: critic_step(seeds, optimizers, data[index], args),
-        "behaviour": lambda index, **noise: behaviour_step(seeds, optimizers, data[index], noise, args),
-        "policy": lambda index, **noise: policy_step(seeds, optimizers, data[index], noise, args),
-    }
+
+    def behaviour_loss(models: dict, batch: datasets.Batch, noise: dict) -> tuple[torch.Tensor, dict]:
+        loss = matching_loss(models["behaviour"], batch.action, batch.obs, noise, args).mean()
+        return loss, {"behaviour/loss": loss.detach()}
+
+    def behaviour(index: torch.Tensor, **noise: torch.Tensor) -> dict:
+        return descend(seeds, optimizers["behaviour_optimizer"], behaviour_loss, data[index], noise)
+
+    def policy(index: torch.Tensor, **noise: torch.Tensor) -> dict:
+        return policy_step(seeds, optimizers["policy_optimizer"], data[index], noise, args)
+
+    def critic(index: torch.Tensor) -> dict:
+        return critic_step(seeds, optimizers, data[index], args)
+
+    return {"critic": critic, "behaviour": behaviour, "policy": policy}
 
 
 def train(args: Args) -> dict:

@@ -600,29 +600,6 @@ def critic_step(seeds: Seeds, optimizers: dict, batch: datasets.Batch, args: Arg
     return metrics
 
 
-def behaviour_step(seeds: Seeds, optimizers: dict, batch: datasets.Batch, noise: dict, args: Args) -> dict:
-    """Eq. (5), every weight 1."""
-
-    def loss(models: dict, batch: datasets.Batch, noise: dict) -> tuple[torch.Tensor, dict]:
-        loss = matching_loss(models["behaviour"], batch.action, batch.obs, noise, args).mean()
-        return loss, {"behaviour/loss": loss.detach()}
-
-    return descend(seeds, optimizers["behaviour_optimizer"], loss, batch, noise)
-
-
-def policy_step(seeds: Seeds, optimizers: dict, batch: datasets.Batch, rows: dict, noise: dict, args: Args) -> dict:
-    """Eq. (8) or (9); `rows` are the batch's rows of `weighted_actions`."""
-
-    def loss(models: dict, batch: datasets.Batch, rows: dict, noise: dict) -> tuple[torch.Tensor, dict]:
-        if args.actions == "resampled":
-            action, weight = candidates(models["critic"], models["behaviour"], batch.obs, noise, args)
-        else:
-            action, weight = rows.get("action", batch.action[:, None]), rows["weight"]
-        return policy_loss(models["policy"], batch.obs, action, weight, noise, args)
-
-    return descend(seeds, optimizers["policy_optimizer"], loss, batch, rows, noise)
-
-
 def draw(n: int, generator: torch.Generator, phase: str, data: datasets.Dataset, args: Args) -> dict:
     """The random numbers of n steps of a phase: name -> (n, ...)."""
     numbers = {"index": torch.randint(len(data), (n, args.batch_size), device=args.device, generator=generator)}
@@ -651,14 +628,27 @@ def optimizers_of(seeds: Seeds, args: Args) -> dict[str, Adam]:
 def updates(seeds: Seeds, optimizers: dict, data: datasets.Dataset, table: dict, args: Args) -> dict[str, Callable]:
     """The gradient step of each phase, a function of its random numbers; `table` is that of `weighted_actions`."""
 
-    def policy(index: torch.Tensor, **noise: torch.Tensor) -> dict:
-        return policy_step(seeds, optimizers, data[index], seeds.rows(table, index), noise, args)
+    def behaviour_loss(models: dict, batch: datasets.Batch, noise: dict) -> tuple[torch.Tensor, dict]:
+        loss = matching_loss(models["behaviour"], batch.action, batch.obs, noise, args).mean()
+        return loss, {"behaviour/loss": loss.detach()}
 
-    return {
-        "critic": lambda index: critic_step(seeds, optimizers, data[index], args),
-        "behaviour": lambda index, **noise: behaviour_step(seeds, optimizers, data[index], noise, args),
-        "policy": policy,
-    }
+    def loss(models: dict, batch: datasets.Batch, rows: dict, noise: dict) -> tuple[torch.Tensor, dict]:
+        if args.actions == "resampled":
+            action, weight = candidates(models["critic"], models["behaviour"], batch.obs, noise, args)
+        else:
+            action, weight = rows.get("action", batch.action[:, None]), rows["weight"]
+        return policy_loss(models["policy"], batch.obs, action, weight, noise, args)
+
+    def behaviour(index: torch.Tensor, **noise: torch.Tensor) -> dict:
+        return descend(seeds, optimizers["behaviour_optimizer"], behaviour_loss, data[index], noise)
+
+    def policy(index: torch.Tensor, **noise: torch.Tensor) -> dict:
+        return descend(seeds, optimizers["policy_optimizer"], loss, data[index], seeds.rows(table, index), noise)
+
+    def critic(index: torch.Tensor) -> dict:
+        return critic_step(seeds, optimizers, data[index], args)
+
+    return {"critic": critic, "behaviour": behaviour, "policy": policy}
 
 
 def train(args: Args) -> dict:

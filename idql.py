@@ -516,17 +516,6 @@ def critic_step(seeds: Seeds, optimizers: dict, batch: datasets.Batch, args: Arg
     return metrics
 
 
-def policy_step(seeds: Seeds, optimizers: dict, batch: datasets.Batch, noise: dict, args: Args) -> dict:
-    """Eq. (16), and the averaged network."""
-
-    def loss(models: dict, batch: datasets.Batch, noise: dict) -> tuple[torch.Tensor, dict]:
-        return policy_loss(models["policy"], batch, noise, args)
-
-    metrics = descend(seeds, optimizers["policy_optimizer"], loss, batch, noise)
-    update_target(seeds.parameters("ema"), seeds.parameters("policy"), args.ema_rate)
-    return metrics
-
-
 def draw(n: int, generator: torch.Generator, phase: str, data: datasets.Dataset, args: Args) -> dict:
     """The random numbers of n steps of a phase: name -> (n, ...)."""
     # differs from the authors' code: all of the data is trained on, not a random 95 %
@@ -547,10 +536,19 @@ def optimizers_of(seeds: Seeds, args: Args) -> dict[str, Adam]:
 
 def updates(seeds: Seeds, optimizers: dict, data: datasets.Dataset, args: Args) -> dict[str, Callable]:
     """The gradient step of each phase, a function of its random numbers."""
-    return {
-        "critic": lambda index: critic_step(seeds, optimizers, data[index], args),
-        "policy": lambda index, **noise: policy_step(seeds, optimizers, data[index], noise, args),
-    }
+
+    def loss(models: dict, batch: datasets.Batch, noise: dict) -> tuple[torch.Tensor, dict]:
+        return policy_loss(models["policy"], batch, noise, args)
+
+    def policy(index: torch.Tensor, **noise: torch.Tensor) -> dict:
+        metrics = descend(seeds, optimizers["policy_optimizer"], loss, data[index], noise)
+        update_target(seeds.parameters("ema"), seeds.parameters("policy"), args.ema_rate)
+        return metrics
+
+    def critic(index: torch.Tensor) -> dict:
+        return critic_step(seeds, optimizers, data[index], args)
+
+    return {"critic": critic, "policy": policy}
 
 
 def train(args: Args) -> dict:

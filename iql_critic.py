@@ -422,15 +422,6 @@ def critic_step(seeds: Seeds, optimizers: dict, batch: datasets.Batch, args: Arg
     return metrics
 
 
-def policy_step(seeds: Seeds, optimizers: dict, batch: datasets.Batch, args: Args) -> dict:
-    """Eq. (10)."""
-
-    def loss(models: dict, batch: datasets.Batch) -> tuple[torch.Tensor, dict]:
-        return policy_loss(models["policy"], models["critic"], batch, args)
-
-    return descend(seeds, optimizers["policy_optimizer"], loss, batch)
-
-
 def draw(n: int, generator: torch.Generator, data: datasets.Dataset, args: Args) -> dict:
     """The random numbers of n steps: name -> (n, ...)."""
     return {"index": torch.randint(len(data), (n, args.batch_size), device=args.device, generator=generator)}
@@ -447,10 +438,17 @@ def optimizers_of(seeds: Seeds, args: Args) -> dict[str, Adam]:
 
 def updates(seeds: Seeds, optimizers: dict, data: datasets.Dataset, args: Args) -> dict[str, Callable]:
     """The gradient step of each phase, a function of its random numbers."""
-    return {
-        "critic": lambda index: critic_step(seeds, optimizers, data[index], args),
-        "policy": lambda index: policy_step(seeds, optimizers, data[index], args),
-    }
+
+    def loss(models: dict, batch: datasets.Batch) -> tuple[torch.Tensor, dict]:
+        return policy_loss(models["policy"], models["critic"], batch, args)
+
+    def policy(index: torch.Tensor) -> dict:
+        return descend(seeds, optimizers["policy_optimizer"], loss, data[index])
+
+    def critic(index: torch.Tensor) -> dict:
+        return critic_step(seeds, optimizers, data[index], args)
+
+    return {"critic": critic, "policy": policy}
 
 
 def train(args: Args) -> dict:
