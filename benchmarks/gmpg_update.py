@@ -11,6 +11,7 @@ alternate on the same machine; medians. HalfCheetah's sizes, batch 256, the same
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,8 +70,9 @@ def main():
     models["behaviour"].requires_grad_(False)
     obs = torch.randn(BATCH, OBS)
     batch = Batch(obs, torch.rand(BATCH, ACTION), torch.zeros(BATCH), obs, torch.zeros(BATCH))
+    noise = partial(gmpg.policy_noise, (BATCH,), ACTION, args, torch.Generator())
     ways = {
-        "ours": lambda: gmpg.policy_loss(models, batch, args)[0],
+        "ours": lambda: gmpg.policy_loss(models, batch, noise(), args)[0],
         "reference at 4": lambda: reference_loss(models, obs, args, 4),
         "reference at 8": lambda: reference_loss(models, obs, args, 8),
     }

@@ -14,6 +14,7 @@ import torch
 
 import iql_critic
 from common import datasets
+from common.training import Seeds
 
 torch.set_num_threads(1)
 OBS, ACT, BATCH = 3, 2, 16
@@ -40,7 +41,7 @@ def implicit_weights(request):
 
 
 def args_of(algorithm, **changes):
-    return algorithm.Args(**dict(expectile=0.7, beta=3.0) | changes)
+    return algorithm.Args(**dict(expectile=0.7, beta=3.0, device="cpu") | changes)
 
 
 def make_critic(algorithm):
@@ -207,7 +208,7 @@ def test_the_target_moves_by_target_rate_in_place(algorithm):
     critic = make_critic(algorithm)
     before = copy.deepcopy(critic)
     storage = [p.data_ptr() for p in critic.target_q.parameters()]
-    algorithm.update_target(critic.target_q, critic.q, 0.25)
+    algorithm.update_target(list(critic.target_q.parameters()), list(critic.q.parameters()), 0.25)
     assert storage == [p.data_ptr() for p in critic.target_q.parameters()]
     moved = zip(critic.target_q.parameters(), before.target_q.parameters(), before.q.parameters())
     for now, old, new in moved:
@@ -228,17 +229,34 @@ def replayed(critic, batch, args, lr, order):
     return torch.cat([p.flatten() for p in critic.parameters()])
 
 
+class Descent:
+    """Plain gradient descent in the place of Adam."""
+
+    def __init__(self, module, lr):
+        self.parameters, self.lr = list(module.parameters()), lr
+
+    def step(self, gradients):
+        with torch.no_grad():
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter -= self.lr * gradient
+
+
+def take_critic_steps(algorithm, critic, batch, args, lr, count=1):
+    """The steps, in place; every weight of the critic after them."""
+    seeds = Seeds(lambda seed: {"critic": critic}, args)
+    optimizers = {f"{name}_optimizer": Descent(getattr(critic, name), lr) for name in "vq"}
+    for _ in range(count):
+        metrics = algorithm.critic_step(seeds, optimizers, batch, args)
+    assert set(metrics) == {"critic/v_loss", "critic/v", "critic/q_loss", "critic/q"}
+    return torch.cat([p.flatten() for p in critic.parameters()])
+
+
 def test_a_critic_step_is_v_then_q_then_target(algorithm):
     critic, batch, args, lr = make_critic(algorithm), make_batch(), args_of(algorithm, target_rate=0.3), 0.05
-    optimizers = {
-        "v_optimizer": torch.optim.SGD(critic.v.parameters(), lr),
-        "q_optimizer": torch.optim.SGD(critic.q.parameters(), lr),
-    }
     expected = {
         order: replayed(critic, batch, args, lr, order) for order in itertools.permutations(["v", "q", "target"])
     }
-    algorithm.critic_step(critic, optimizers, batch, args)
-    result = torch.cat([p.flatten() for p in critic.parameters()])
+    result = take_critic_steps(algorithm, critic, batch, args, lr)
     equal = [order for order, other in expected.items() if torch.allclose(result, other, rtol=1e-6, atol=1e-7)]
     assert equal == [("v", "q", "target")]
 
@@ -246,10 +264,7 @@ def test_a_critic_step_is_v_then_q_then_target(algorithm):
 def test_a_second_critic_step_starts_from_fresh_gradients(algorithm):
     critic, batch, args, lr = make_critic(algorithm), make_batch(), args_of(algorithm), 0.05
     expected = replayed(critic, batch, args, lr, ["v", "q", "target"] * 2)
-    optimizers = {f"{name}_optimizer": torch.optim.SGD(getattr(critic, name).parameters(), lr) for name in "vq"}
-    for _ in range(2):
-        algorithm.critic_step(critic, optimizers, batch, args)
-    torch.testing.assert_close(torch.cat([p.flatten() for p in critic.parameters()]), expected)
+    torch.testing.assert_close(take_critic_steps(algorithm, critic, batch, args, lr, count=2), expected)
 
 
 def test_the_target_starts_as_a_frozen_copy(algorithm):
@@ -283,7 +298,8 @@ def test_critic_sizes_are_the_references(algorithm):
 def test_the_networks_are_iqls(algorithm):
     critic = algorithm.Critic(algorithm.Normalize(OBS), OBS, ACT)
     for net in [*critic.q.nets, critic.v.net]:
-        assert [type(layer).__name__ for layer in net] == ["Linear", "ReLU", "Linear", "ReLU", "Linear"]
+        assert [type(layer).__name__ for layer in net] == ["Linear", "ReLU", "Linear", "ReLU", "Output"]
+        assert isinstance(net[-1], torch.nn.Linear)
         for layer in net[::2]:
             w = layer.weight
             gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
@@ -292,9 +308,20 @@ def test_the_networks_are_iqls(algorithm):
     assert not torch.equal(critic.q.nets[0][0].weight, critic.q.nets[1][0].weight)
 
 
+def test_the_last_layer_keeps_its_type_under_autocast(algorithm):
+    layer, x = algorithm.Output(8, 1), torch.randn(5, 8)
+    expected = x @ layer.weight.T + layer.bias + 50
+    with torch.no_grad():
+        layer.bias += 50
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x), expected)
+        assert layer(x.bfloat16()).dtype == torch.float32
+    torch.testing.assert_close(layer.double()(x.double()), x.double() @ layer.weight.T + layer.bias)
+
+
 def test_dropout_follows_every_hidden_layer_but_not_the_last(algorithm):
     kinds = [type(layer).__name__ for layer in algorithm.mlp(OBS, 8, 8, ACT, dropout=0.1)]
-    assert kinds == ["Linear", "ReLU", "Dropout", "Linear", "ReLU", "Dropout", "Linear"]
+    assert kinds == ["Linear", "ReLU", "Dropout", "Linear", "ReLU", "Dropout", "Output"]
 
 
 def test_normalize_is_the_identity_until_it_is_fitted(algorithm):
@@ -380,11 +407,12 @@ def test_policy_loss_is_weighted_regression_by_hand():
 def test_dropout_is_on_in_training_and_off_in_acting():
     actor, critic, batch = make_actor(dropout=0.5), make_critic(iql_critic), make_batch()
     args, models = args_of(iql_critic), {"policy": actor, "critic": critic}
-    first, second = (iql_critic.act(models, batch.obs, args) for _ in range(2))
+    noise = iql_critic.acting_noise(BATCH, ACT, args, torch.Generator())
+    first, second = (iql_critic.act(models, batch.obs, noise, args) for _ in range(2))
     assert torch.equal(first, second) and (first.abs() <= 1).all()
     losses = {iql_critic.policy_loss(actor, critic, batch, args)[0].item() for _ in range(3)}
     assert len(losses) == 3
-    assert torch.equal(first, iql_critic.act(models, batch.obs, args))
+    assert torch.equal(first, iql_critic.act(models, batch.obs, noise, args))
 
 
 # Weights

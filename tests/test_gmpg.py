@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import gmpg
 from common import datasets, samplers
+from common.training import Adam, Seeds
 
 torch.set_num_threads(1)
 each_path = pytest.mark.parametrize("path", ["vp", "gvp", "icfm"])
@@ -27,6 +29,14 @@ def float64():
 
 def args_of(**changes):
     return gmpg.Args(**dict(device="cpu", expectile=0.7, beta=2.0, sampler_steps=8) | changes)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise_of(n, args, seed=0, action_dim=2):
+    return gmpg.policy_noise((n,), action_dim, args, seeded(seed))
 
 
 def batch_of(action, obs=None):
@@ -94,8 +104,8 @@ def linear_net(seed):
 
 def test_both_densities_of_linear_velocities_are_those_of_the_steps(float64):
     (policy, pi), (behaviour, mu) = linear_net(0), linear_net(1)
-    torch.manual_seed(0)
-    action, log_pi, log_mu, error = gmpg.kl_terms(policy, behaviour, torch.zeros(5_000, 1), args_of())
+    noise = noise_of(5_000, args_of())
+    action, log_pi, log_mu, error = gmpg.kl_terms(policy, behaviour, torch.zeros(5_000, 1), noise, args_of())
     torch.testing.assert_close(log_pi, pi.log_prob(action), rtol=0, atol=1e-9)
     torch.testing.assert_close(log_mu, mu.log_prob(action), rtol=0, atol=1e-9)
     assert error.max() < 1e-9
@@ -118,9 +128,8 @@ def gaussian_velocity(path):
 def test_log_pi_converges_to_that_of_the_flow_at_order_1(float64, path):
     errors = []
     for steps in (100, 200):
-        torch.manual_seed(0)
-        net = gaussian_velocity(path)
-        action, log_pi, *_ = gmpg.kl_terms(net, net, torch.zeros(50, 1), args_of(path=path, sampler_steps=steps))
+        net, args = gaussian_velocity(path), args_of(path=path, sampler_steps=steps)
+        action, log_pi, *_ = gmpg.kl_terms(net, net, torch.zeros(50, 1), noise_of(50, args), args)
         exact = torch.distributions.Normal(MEAN, STD).log_prob(action).sum(-1)
         errors.append((log_pi - exact).abs().mean().item())
     assert errors[1] < 0.05 and math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.15)
@@ -131,9 +140,9 @@ def test_networks_of_the_files_have_densities_that_are_exact(float64, network):
     torch.manual_seed(0)
     args, obs = args_of(network=network), torch.randn(6, 3)
     models = gmpg.build(3, 2, args)
-    _, log_pi, *_ = gmpg.kl_terms(models["policy"], models["behaviour"], obs, args)
-    torch.manual_seed(0), torch.randn(6, 3), gmpg.build(3, 2, args)
-    x, sample = torch.randn(6, 2), lambda x, s: samplers.ode(gmpg.drive(models["policy"], s, args), x, 8, **gmpg.NODES)
+    noise = noise_of(6, args)
+    _, log_pi, *_ = gmpg.kl_terms(models["policy"], models["behaviour"], obs, noise, args)
+    x, sample = noise["x"], lambda x, s: samplers.ode(gmpg.drive(models["policy"], s, args), x, 8, **gmpg.NODES)
     for row in range(6):
         one = lambda x: sample(x[None], obs[row : row + 1])[0]  # noqa: B023, E731
         whole = torch.autograd.functional.jacobian(one, x[row])
@@ -141,32 +150,28 @@ def test_networks_of_the_files_have_densities_that_are_exact(float64, network):
         torch.testing.assert_close(log_pi[row], expected, rtol=0, atol=1e-9)
 
 
-def adam(net):
-    return torch.optim.Adam(net.parameters(), 3e-3)
-
-
 def train_behaviour(draw, args, steps, action_dim=2, width=64, size=256, lr=3e-3):
     """A small model of the actions that draw(B) makes."""
     torch.manual_seed(0)
     net = gmpg.StateMLP(gmpg.Normalize(1), 1, action_dim, width)
-    optimizer = adam(net)
-    for step in range(steps):
-        gmpg.set_lr(optimizer, lr, step / steps, decay=True)
-        loss = gmpg.matching_loss(net, draw(size), torch.zeros(size, 1), args).mean()
-        gmpg.descend(optimizer, loss)
+    seeds, generator = Seeds(lambda seed: {"behaviour": net}, args), seeded()
+    optimizers = {"behaviour_optimizer": Adam(seeds, "behaviour", lr, steps)}
+    for _ in range(steps):
+        noise = gmpg.matching_noise((size,), action_dim, args, generator)
+        gmpg.behaviour_step(seeds, optimizers, batch_of(draw(size)), noise, args)
     return net.requires_grad_(False)
 
 
 def train_policy(behaviour, reward, draw, args, steps, lr=3e-3):
     """GMPG's third phase, from the warm start."""
-    torch.manual_seed(1)
     policy = copy.deepcopy(behaviour).requires_grad_(True)
     models = {"critic": ExactCritic(reward), "behaviour": behaviour, "policy": policy}
-    optimizer = adam(policy)
-    for step in range(steps):
-        gmpg.set_lr(optimizer, lr, step / steps, decay=True)
-        loss, _ = gmpg.policy_loss(models, batch_of(draw(256)), args)
-        gmpg.descend(optimizer, loss)
+    seeds, generator = Seeds(lambda seed: models, args), seeded(1)
+    optimizer = Adam(seeds, "policy", lr, steps)
+    for _ in range(steps):
+        batch = batch_of(draw(256))
+        noise = gmpg.policy_noise((256,), batch.action.shape[-1], args, generator)
+        gmpg.descend(seeds, optimizer, partial(gmpg.policy_loss, args=args), batch, noise)
         yield policy
 
 
@@ -194,8 +199,8 @@ def test_hutchinson_agrees_with_exact_on_average():
     policy, behaviour = (Net(lambda x, t, obs, k=k: torch.sin(k * x.roll(1, -1)) + 0.5 * x) for k in (1.0, 0.7))
     obs, found = torch.zeros(5_000, 1), {}
     for divergence in ("exact", "hutchinson"):
-        torch.manual_seed(3)
-        found[divergence] = gmpg.kl_terms(policy, behaviour, obs, args_of(divergence=divergence))
+        args = args_of(divergence=divergence)
+        found[divergence] = gmpg.kl_terms(policy, behaviour, obs, noise_of(5_000, args, seed=3), args)
     exact, estimate = found["exact"], found["hutchinson"]
     assert torch.equal(exact[0], estimate[0])
     for k in (1, 2):
@@ -207,18 +212,37 @@ def test_auto_is_exact_up_to_24_dimensions():
     for size in (24, 25):
         net, probes = Net(lambda x, t, obs: 0.5 * torch.sin(x.roll(1, -1)), size), []
         for divergence in ("auto", "exact", "hutchinson"):
-            torch.manual_seed(0)
-            probes.append(gmpg.kl_terms(net, net, torch.zeros(4, 1), args_of(divergence=divergence))[1])
+            args = args_of(divergence=divergence)
+            probes.append(gmpg.kl_terms(net, net, torch.zeros(4, 1), noise_of(4, args, action_dim=size), args)[1])
         assert torch.equal(probes[0], probes[1 if size == 24 else 2])
         assert not torch.equal(probes[1], probes[2])
+
+
+def test_policy_noise_holds_what_args_ask_for_from_its_generator_alone():
+    state = torch.get_rng_state()
+    for changes, names in [
+        ({}, {"x"}),
+        (dict(divergence="hutchinson"), {"x", "probe", "score_probe"}),
+        (dict(gradient="matching"), {"x", "t", "eps"}),
+        (dict(gradient="matching", path="icfm"), {"x", "t", "eps", "blur"}),
+    ]:
+        args = args_of(**dict(path="gvp") | changes)
+        one, same, other = (gmpg.policy_noise((3, 500), 2, args, seeded(seed)) for seed in (1, 1, 2))
+        assert one.keys() == names
+        for name, values in one.items():
+            assert values.shape == ((3, 500) if name == "t" else (3, 500, 2))
+            assert torch.equal(values, same[name]) and not torch.equal(values, other[name])
+        if "probe" in names:
+            assert set(one["probe"].unique().tolist()) == set(one["score_probe"].unique().tolist()) == {-1.0, 1.0}
+            assert (one["probe"] * one["score_probe"]).mean().abs() < 0.1
+    assert torch.equal(state, torch.get_rng_state())
 
 
 # The gradient
 
 
 def gradient(models, batch, args, seed=0):
-    torch.manual_seed(seed)
-    loss, _ = gmpg.policy_loss(models, batch, args)
+    loss, _ = gmpg.policy_loss(models, batch, noise_of(len(batch.obs), args, seed), args)
     return torch.autograd.grad(loss, models["policy"].parameters())
 
 
@@ -233,8 +257,7 @@ def differences(models, batch, args, directions, step=1e-6):
         values = []
         for sign in (1, -1):
             nn.utils.vector_to_parameters(start + sign * step * direction, models["policy"].parameters())
-            torch.manual_seed(0)
-            values.append(gmpg.policy_loss(models, batch, args)[0].item())
+            values.append(gmpg.policy_loss(models, batch, noise_of(len(batch.obs), args), args)[0].item())
         found.append((values[0] - values[1]) / (2 * step))
     nn.utils.vector_to_parameters(start, models["policy"].parameters())
     return torch.tensor(found)
@@ -285,8 +308,7 @@ def test_a_likelihood_with_its_state_detached_has_another_gradient(float64):
     batch = batch_of(torch.zeros(64, 2))
     directions = torch.randn(8, sum(p.numel() for p in policy.parameters()))
     right, exact = flat(gradient(models, batch, args)), differences(models, batch, args, directions)
-    torch.manual_seed(0)
-    action, log_pi, log_mu, _ = gmpg.kl_terms(policy, behaviour, batch.obs, args)
+    action, log_pi, log_mu, _ = gmpg.kl_terms(policy, behaviour, batch.obs, noise_of(64, args), args)
     detached = [detached_log_density(net, action, batch.obs, args) for net in (policy, behaviour)]
     torch.testing.assert_close(detached, [log_pi, log_mu])
     wrong = flat(torch.autograd.grad((detached[0] - detached[1]).mean(), policy.parameters()))
@@ -308,14 +330,13 @@ def test_reinforce_has_the_pathwise_gradient_on_average():
 
 def test_reinforce_subtracts_v_and_reports_the_same_metrics():
     models, batch, found = small_models("gvp"), batch_of(torch.zeros(16, 2), torch.randn(16, 2)), {}
+    noise = noise_of(16, args_of())
     for name in ("pathwise", "reinforce"):
-        torch.manual_seed(0)
-        found[name] = gmpg.policy_loss(models, batch, args_of(gradient=name))
+        found[name] = gmpg.policy_loss(models, batch, noise, args_of(gradient=name))
     (_, metrics), (loss, same) = found["pathwise"], found["reinforce"]
     for key in ("policy/q", "policy/kl", "policy/undone"):
         torch.testing.assert_close(metrics[key], same[key])
-    torch.manual_seed(0)
-    action, log_pi, log_mu, _ = gmpg.kl_terms(models["policy"], models["behaviour"], batch.obs, args_of())
+    action, log_pi, log_mu, _ = gmpg.kl_terms(models["policy"], models["behaviour"], batch.obs, noise, args_of())
     q = models["critic"].q(batch.obs, action.clamp(-1, 1)).amin(0)
     each = -2 * (q - models["critic"].v(batch.obs)) + log_pi - log_mu
     torch.testing.assert_close(loss, (each * log_pi).mean(), rtol=1e-4, atol=1e-4)
@@ -326,10 +347,9 @@ def test_pathwise_loss_is_eq_14_with_the_smaller_online_q():
     with torch.no_grad():
         for parameter in models["critic"].target_q.parameters():
             parameter.add_(1)
-    torch.manual_seed(0)
-    loss, metrics = gmpg.policy_loss(models, batch, args_of(beta=3.0))
-    torch.manual_seed(0)
-    action, log_pi, log_mu, _ = gmpg.kl_terms(models["policy"], models["behaviour"], batch.obs, args_of())
+    noise = noise_of(64, args_of())
+    loss, metrics = gmpg.policy_loss(models, batch, noise, args_of(beta=3.0))
+    action, log_pi, log_mu, _ = gmpg.kl_terms(models["policy"], models["behaviour"], batch.obs, noise, args_of())
     x = torch.cat([batch.obs, action.clamp(-1, 1)], -1)
     q = torch.minimum(*(net(x).squeeze(-1) for net in models["critic"].q.nets))
     torch.testing.assert_close(loss, (-3 * q + log_pi - log_mu).mean())
@@ -342,14 +362,12 @@ def test_pathwise_loss_is_eq_14_with_the_smaller_online_q():
 def test_matching_is_eq_5_minus_beta_q_of_the_action(path):
     models, args = small_models(path), args_of(path=path, gradient="matching", beta=3.0)
     batch = batch_of(torch.rand(64, 2), torch.randn(64, 2))
-    torch.manual_seed(0)
-    loss, _ = gmpg.policy_loss(models, batch, args)
-    torch.manual_seed(0)
-    x = torch.randn(64, 2)
+    noise = noise_of(64, args)
+    (loss, _), x = gmpg.policy_loss(models, batch, noise, args), noise["x"]
     for t, s in pairwise((1 - k / 8) ** 2 for k in range(9)):
         x = x - (t - s) * models["policy"](x, torch.full((64,), t), batch.obs)
     q = models["critic"].q(batch.obs, x.clamp(-1, 1)).amin(0)
-    matching = gmpg.matching_loss(models["policy"], batch.action, batch.obs, args)
+    matching = gmpg.matching_loss(models["policy"], batch.action, batch.obs, noise, args)
     torch.testing.assert_close(loss, matching.mean() - 3 * q.mean())
 
 
@@ -361,14 +379,13 @@ def test_training_starts_at_the_behaviour_and_moves_the_policy_alone(tmp_path, m
     )  # fmt: skip
     policy_loss, seen, before = gmpg.policy_loss, [], []
 
-    def watched(models, batch, args):
+    def watched(models, batch, noise, args):
         frozen = [p for name in ("critic", "behaviour") for p in models[name].parameters()]
-        assert not any(p.requires_grad for p in frozen) and all(p.requires_grad for p in models["policy"].parameters())
         if not seen:
             before.extend(p.clone() for p in frozen)
             assert torch.equal(flat(models["policy"].parameters()), flat(models["behaviour"].parameters()))
         seen.append(models)
-        return policy_loss(models, batch, args)
+        return policy_loss(models, batch, noise, args)
 
     monkeypatch.setattr(gmpg, "policy_loss", watched)
     gmpg.train(args)
@@ -385,12 +402,14 @@ def test_training_starts_at_the_behaviour_and_moves_the_policy_alone(tmp_path, m
 def test_the_divergence_is_0_at_the_warm_start_and_never_negative_on_the_way(path):
     args = args_of(path=path, beta=20.0)
     behaviour = train_behaviour(two_blobs, args, 200)
-    _, log_pi, log_mu, error = gmpg.kl_terms(copy.deepcopy(behaviour), behaviour, torch.zeros(1000, 1), args)
+    obs, noise = torch.zeros(1000, 1), noise_of(1000, args)
+    _, log_pi, log_mu, error = gmpg.kl_terms(copy.deepcopy(behaviour), behaviour, obs, noise, args)
     torch.testing.assert_close(log_pi, log_mu, rtol=0, atol=1e-4)
     assert error.max() < 1e-5
-    for policy in train_policy(behaviour, lambda action: action.sum(-1), two_blobs, args, 30):
+    for step, policy in enumerate(train_policy(behaviour, lambda action: action.sum(-1), two_blobs, args, 30)):
         with torch.no_grad():
-            _, log_pi, log_mu, _ = gmpg.kl_terms(policy, behaviour, torch.zeros(256, 1), args)
+            noise = noise_of(256, args, seed=100 + step)
+            _, log_pi, log_mu, _ = gmpg.kl_terms(policy, behaviour, torch.zeros(256, 1), noise, args)
         each = log_pi - log_mu
         assert each.mean() >= -3 * each.std() / math.sqrt(256)
     assert each.mean() > 0.1
@@ -401,9 +420,19 @@ def gaussian(n):
 
 
 def samples(policy, args, n=20_000):
-    torch.manual_seed(2)
     with torch.no_grad():
-        return gmpg.act({"policy": policy}, torch.zeros(n, 1), args)
+        return gmpg.act({"policy": policy}, torch.zeros(n, 1), gmpg.acting_noise(n, 2, args, seeded(2)), args)
+
+
+def test_act_is_in_bounds_and_its_noise_controls_it():
+    args, obs = args_of(), torch.randn(64, 3, generator=seeded())
+    models, state = gmpg.build(3, 2, args), torch.get_rng_state()
+    noises = [gmpg.acting_noise(64, 2, args, seeded(seed)) for seed in (1, 1, 2)]
+    with torch.no_grad():
+        first, same, other = (gmpg.act(models, obs, noise, args) for noise in noises)
+    assert first.shape == (64, 2) and (first.abs() <= 1).all() and (first.abs() == 1).any()
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert torch.equal(state, torch.get_rng_state())
 
 
 # Euler's steps change the width of a Gaussian: on the straight path the most (-5 % of 32 steps, -18 % of 8).
@@ -455,7 +484,8 @@ def test_beta_0_stays_at_the_behaviour():
     args = args_of(path="gvp", beta=0.0)
     behaviour = train_behaviour(mixture, args, 300, action_dim=1)
     policy = last(train_policy(behaviour, lambda action: 100 * action.sum(-1), mixture, args, 20, lr=1e-3))
-    _, log_pi, log_mu, _ = gmpg.kl_terms(policy, behaviour, torch.zeros(1000, 1), args)
+    noise = noise_of(1000, args, action_dim=1)
+    _, log_pi, log_mu, _ = gmpg.kl_terms(policy, behaviour, torch.zeros(1000, 1), noise, args)
     assert (log_pi - log_mu).mean().abs() < 0.01
 
 

@@ -1,6 +1,5 @@
 """GMPO against closed forms: the paths, the matching loss, the sampled Gaussian, Eqs. (8) and (9) written by hand."""
 
-import dataclasses
 import importlib
 import math
 
@@ -11,6 +10,7 @@ from torch import nn
 
 import gmpo
 from common import datasets, samplers
+from common.training import Adam, Seeds
 
 torch.set_num_threads(1)
 PATHS = ["vp", "gvp", "icfm"]
@@ -31,6 +31,14 @@ def args_of(**changes):
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def acting(n, args, seed=0, action_dim=2):
+    return gmpo.acting_noise(n, action_dim, args, seeded(seed))
+
+
+def matching(n, args, seed=0, action_dim=2):
+    return gmpo.matching_noise((n,), action_dim, args, seeded(seed))
 
 
 class Net(nn.Module):
@@ -128,10 +136,8 @@ def test_matching_loss_is_half_the_sum_over_dimensions_by_hand(algorithm, path):
     net = Net(lambda x, t, obs: x * t[:, None] + obs.sum(-1, keepdim=True))
     action, obs = torch.randn(7, 2, generator=seeded()), torch.randn(7, 3, generator=seeded(1))
     args = algorithm.Args(path=path)
-    torch.manual_seed(5)
-    loss = algorithm.matching_loss(net, action, obs, args)
-    torch.manual_seed(5)
-    eps, t = torch.randn(7, 2), torch.rand(7)
+    noise = algorithm.matching_noise((7,), 2, args, seeded(5))
+    loss, t, eps = algorithm.matching_loss(net, action, obs, noise, args), noise["t"], noise["eps"]
     alpha, sigma, d_alpha, d_sigma = (c[:, None].float() for c in hand_path(t, path))
     target = eps if algorithm.PREDICTS[path] == "noise" else d_alpha * action + d_sigma * eps
     out = (alpha * action + sigma * eps) * t[:, None] + obs.sum(-1, keepdim=True)
@@ -140,14 +146,29 @@ def test_matching_loss_is_half_the_sum_over_dimensions_by_hand(algorithm, path):
     assert net.scale.grad != 0
 
 
+@each_path
+def test_matching_noise_is_a_uniform_time_and_normal_noise_of_any_shape(algorithm, path):
+    state, args = torch.get_rng_state(), algorithm.Args(path=path)
+    noise, same = (algorithm.matching_noise((3, 20_000), 2, args, seeded(5)) for _ in range(2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert noise.keys() == {"t", "eps"} | ({"blur"} if path == "icfm" else set())
+    assert all(torch.equal(noise[name], same[name]) for name in noise)
+    t, *normals = noise.values()
+    assert t.shape == (3, 20_000) and (t >= 0).all() and (t < 1).all()
+    torch.testing.assert_close(t.flatten().sort()[0], (torch.arange(60_000) + 0.5) / 60_000, rtol=0, atol=0.01)
+    columns = torch.cat([x.flatten(0, 1) for x in normals], -1).T  # eps and blur, independent of each other
+    assert all(x.shape == (3, 20_000, 2) for x in normals)
+    torch.testing.assert_close(columns.mean(1), torch.zeros(len(columns)), rtol=0, atol=0.02)
+    torch.testing.assert_close(columns.cov(), torch.eye(len(columns)), rtol=0, atol=0.03)
+
+
 def test_icfm_sigma_is_extra_noise_in_x_and_not_in_the_target(algorithm):
     seen = []
     net = Net(lambda x, t, obs: seen.append((x, t)) or torch.zeros_like(x))
     action, obs = torch.full((20_000, 2), 0.5), torch.zeros(20_000, 1)
-    losses = []
+    losses, noise = [], algorithm.matching_noise((20_000,), 2, algorithm.Args(path="icfm"), seeded())
     for sigma in (0.0, 0.1):
-        torch.manual_seed(0)
-        losses.append(algorithm.matching_loss(net, action, obs, algorithm.Args(path="icfm", icfm_sigma=sigma)))
+        losses.append(algorithm.matching_loss(net, action, obs, noise, algorithm.Args(path="icfm", icfm_sigma=sigma)))
     assert torch.equal(*losses)
     extra = seen[1][0] - seen[0][0]
     assert extra.std().item() == pytest.approx(0.1, rel=0.02) and abs(extra.mean().item()) < 2e-3
@@ -158,11 +179,11 @@ def test_icfm_sigma_is_extra_noise_in_x_and_not_in_the_target(algorithm):
 def test_matching_loss_is_smallest_at_the_conditional_expectation(algorithm, path):
     action = MEAN + torch.randn(100_000, 2, generator=seeded()) @ torch.linalg.cholesky(COV).T
     obs, args, predicts = torch.zeros(100_000, 1), algorithm.Args(path=path), algorithm.PREDICTS[path]
+    noise = algorithm.matching_noise((100_000,), 2, args, seeded(1))
 
     def loss(scale, shift):
         net = Net(lambda x, t, obs: scale * exact_prediction(x, t, path, predicts) + shift * x)
-        torch.manual_seed(1)
-        each = algorithm.matching_loss(net, action, obs, args)
+        each = algorithm.matching_loss(net, action, obs, noise, args)
         return each.clamp(max=each.quantile(0.9999)).mean().item()
 
     best = loss(1.0, 0.0)
@@ -195,7 +216,7 @@ def test_every_solver_recovers_a_gaussian_on_every_path(path, solver):
     n, steps = 10_000, 200 if solver in ("dpmpp", "midpoint", "rk4") else 400
     args = args_of(path=path, solver=solver, sampler_steps=steps)
     with torch.no_grad():
-        action = gmpo.sample(exact_net(path), torch.zeros(n, 1), args, seeded())
+        action = gmpo.sample(exact_net(path), torch.zeros(n, 1), acting(n, args), args)
     torch.testing.assert_close(action.mean(0), MEAN, atol=0.02, rtol=0)
     torch.testing.assert_close(action.T.cov(), COV, atol=0.015, rtol=0)
 
@@ -204,15 +225,16 @@ def test_every_solver_recovers_a_gaussian_on_every_path(path, solver):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_solvers_name_means_that_solver(path, solver):
     net, obs = exact_net(path), torch.zeros(9, 1)
-    found = gmpo.sample(net, obs, args_of(path=path, solver=solver, sampler_steps=5), seeded())
-    g = seeded()
-    x = torch.randn(9, 2, generator=g)
+    args = args_of(path=path, solver=solver, sampler_steps=5)
+    noise = acting(9, args)
+    found, (x, *z) = gmpo.sample(net, obs, noise, args), noise["x"]
+    assert len(z) == (5 if solver == "sde" else 0)
     velocity = lambda x, t: gmpo.velocity(net, x, t, obs, path)  # noqa: E731
     eps, schedule = lambda x, t: gmpo.noise_prediction(net, x, t, obs, path), lambda t: gmpo.alpha_sigma(t, path)
     expected = {
         "ddim": lambda: samplers.ddim(eps, schedule, x, 5),
         "dpmpp": lambda: samplers.dpm_solver_pp(eps, schedule, x, 5),
-        "sde": lambda: samplers.sde(eps, schedule, x, 5, g),
+        "sde": lambda: samplers.sde(eps, schedule, x, torch.stack(z)),
     }
     torch.testing.assert_close(found, expected.get(solver, lambda: samplers.ode(velocity, x, 5, solver))())
 
@@ -222,17 +244,17 @@ def test_a_solvers_name_means_that_solver(path, solver):
 def test_no_solver_meets_nan_at_the_ends(path, solver):
     args = args_of(path=path, solver=solver, sampler_steps=3)
     net = Net(lambda x, t, obs: torch.tanh(x))
-    assert gmpo.sample(net, torch.zeros(50, 1), args, seeded()).isfinite().all()
+    assert gmpo.sample(net, torch.zeros(50, 1), acting(50, args), args).isfinite().all()
 
 
 @pytest.mark.parametrize("network", ["mlp", "paper"])
 @pytest.mark.parametrize("solver", ["ddim", "sde", "euler"])
-def test_act_is_in_bounds_and_its_generator_controls_it(network, solver):
+def test_act_is_in_bounds_and_its_noise_controls_it(network, solver):
     args, obs = args_of(network=network, solver=solver, sampler_steps=4), torch.randn(64, 3, generator=seeded())
     models = gmpo.build(3, 2, args)
     state = torch.get_rng_state()
     with torch.no_grad():
-        first, same, other = (gmpo.act(models, obs, args, seeded(seed)) for seed in (1, 1, 2))
+        first, same, other = (gmpo.act(models, obs, acting(64, args, seed), args) for seed in (1, 1, 2))
     assert first.shape == (64, 2) and (first.abs() <= 1).all() and (first.abs() == 1).any()
     assert torch.equal(first, same) and not torch.equal(first, other)
     assert torch.equal(state, torch.get_rng_state())
@@ -267,7 +289,7 @@ def at_the_state():
 def test_candidates_belong_to_their_state():
     args = args_of(path="icfm", solver="euler", sampler_steps=4, candidates=5)
     critic, obs = build(args)["critic"], dataset().obs
-    action, weight = gmpo.candidates(critic, at_the_state(), obs, args)
+    action, weight = gmpo.candidates(critic, at_the_state(), obs, acting(40 * 5, args), args)
     assert action.shape == (40, 5, 2) and weight.shape == (40, 5)
     torch.testing.assert_close(action, obs[:, None, :2].expand(40, 5, 2), atol=1e-5, rtol=0)
 
@@ -275,7 +297,7 @@ def test_candidates_belong_to_their_state():
 def test_candidates_are_weighted_by_a_softmax_over_the_k_of_a_state():
     args = args_of(sampler_steps=3, candidates=4, beta=3.0, actions="static")
     models, obs = build(args), dataset().obs
-    action, weight = gmpo.candidates(models["critic"], models["behaviour"], obs, args, seeded())
+    action, weight = gmpo.candidates(models["critic"], models["behaviour"], obs, acting(40 * 4, args), args)
     assert (action.abs() <= 1).all() and action.std(1).min() > 0
     for b in range(3):
         x = torch.cat([obs[b].expand(4, 3), action[b]], -1)
@@ -284,28 +306,56 @@ def test_candidates_are_weighted_by_a_softmax_over_the_k_of_a_state():
         torch.testing.assert_close(weight[b], expected.detach())
 
 
-def test_weighted_actions_of_data_are_the_data_and_eq_7():
+def test_weighted_actions_of_data_are_the_batchs_own_with_eq_7():
     args, data = args_of(actions="data", weight_max=0.9), dataset()
     models = build(args)
-    action, weight = gmpo.weighted_actions(models, data, args)
-    assert torch.equal(action, data.action[:, None])
-    q = models["critic"].q(data.obs, data.action).amin(0)
+    table = gmpo.weighted_actions(models, 0, data, args)
+    assert table.keys() == {"weight"}  # the actions are in the batch; see the policy step below
+    q, weight = models["critic"].q(data.obs, data.action).amin(0), table["weight"]
     expected = torch.exp(2 * (q - models["critic"].v(data.obs))).clamp(max=0.9)
     torch.testing.assert_close(weight, expected[:, None].detach())
     assert (weight == 0.9).any() and (weight < 0.9).any()
 
 
 def test_static_actions_are_drawn_once_from_a_stream_of_their_own():
-    args, data = args_of(actions="static", sampler_steps=2, candidates=3, seed=7), dataset()
+    args, data = args_of(actions="static", sampler_steps=2, candidates=3), dataset()
     models = build(args)
     state = torch.get_rng_state()
-    first = gmpo.weighted_actions(models, data, args)
+    first = gmpo.weighted_actions(models, 7, data, args)
     assert torch.equal(state, torch.get_rng_state())
     torch.rand(3)
-    again, other = (gmpo.weighted_actions(models, data, dataclasses.replace(args, seed=seed)) for seed in (7, 8))
-    assert first[0].shape == (40, 3, 2) and first[1].shape == (40, 3)
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-    assert not torch.equal(first[0], other[0])
+    again, other = (gmpo.weighted_actions(models, seed, data, args) for seed in (7, 8))
+    assert first.keys() == {"action", "weight"}
+    assert first["action"].shape == (40, 3, 2) and first["weight"].shape == (40, 3)
+    assert torch.equal(first["action"], again["action"]) and torch.equal(first["weight"], again["weight"])
+    assert not torch.equal(first["action"], other["action"])
+
+
+@pytest.mark.parametrize("actions", ["data", "static", "resampled"])
+def test_a_policy_step_takes_the_actions_and_weights_that_args_name(monkeypatch, actions):
+    args, data, index = args_of(actions=actions, sampler_steps=2, candidates=3), dataset(), torch.tensor([5, 0, 31, 5])
+    models, policy_loss, seen = build(args), gmpo.policy_loss, []
+    table = {} if actions == "resampled" else gmpo.weighted_actions(models, 0, data, args)
+    noise = matching(4 * (1 if actions == "data" else 3), args)
+    if actions == "resampled":
+        noise |= acting(4 * 3, args, seed=1)
+        expected = gmpo.candidates(models["critic"], models["behaviour"], data.obs[index], noise, args)
+    else:
+        expected = table.get("action", data.action[:, None])[index], table["weight"][index]
+
+    def watched(policy, obs, action, weight, noise, args):
+        seen.append((action, weight))
+        return policy_loss(policy, obs, action, weight, noise, args)
+
+    monkeypatch.setattr(gmpo, "policy_loss", watched)
+    seeds = Seeds(lambda seed: models, args)
+    before = {name: [p.clone() for p in model.parameters()] for name, model in models.items()}
+    optimizers = {"policy_optimizer": Adam(seeds, "policy", 1e-3)}
+    gmpo.policy_step(seeds, optimizers, data[index], seeds.rows(table, index), noise, args)
+    assert len(seen) == 1 and all(map(torch.equal, seen[0], expected))
+    for name, model in models.items():
+        moved = [not torch.equal(old, new) for old, new in zip(before[name], model.parameters())]
+        assert all(moved) if name == "policy" else not any(moved)
 
 
 @pytest.mark.parametrize("k", [1, 4])
@@ -314,11 +364,10 @@ def test_policy_loss_is_eq_8_for_one_action_and_eq_9_for_k(k):
     net = Net(lambda x, t, obs: x + obs[:, :2] * t[:, None])
     obs, action = torch.randn(n, 3, generator=seeded()), torch.rand(n, k, 2, generator=seeded(1))
     weight = torch.rand(n, k, generator=seeded(2))
-    torch.manual_seed(9)
-    loss, metrics = gmpo.policy_loss(net, obs, action, weight, args)
-    torch.manual_seed(9)
+    noise = matching(n * k, args, seed=9)
+    loss, metrics = gmpo.policy_loss(net, obs, action, weight, noise, args)
     flat = torch.stack([obs[b] for b in range(n) for _ in range(k)])
-    each = gmpo.matching_loss(net, action.reshape(n * k, 2), flat, args)
+    each = gmpo.matching_loss(net, action.reshape(n * k, 2), flat, noise, args)
     by_hand = sum(weight[b, j] * each[b * k + j] for b in range(n) for j in range(k)) / n
     torch.testing.assert_close(loss, by_hand)
     torch.testing.assert_close(metrics["policy/weight"], weight.mean())
@@ -330,19 +379,18 @@ def test_policy_loss_is_eq_8_for_one_action_and_eq_9_for_k(k):
 def test_beta_0_is_behaviour_cloning():
     args, data = args_of(beta=0.0), dataset()
     models = build(args)
-    action, weight = gmpo.weighted_actions(models, data, args)
+    weight, noise = gmpo.weighted_actions(models, 0, data, args)["weight"], matching(40, args, seed=4)
     assert torch.equal(weight, torch.ones(40, 1))
-    torch.manual_seed(4)
-    loss, metrics = gmpo.policy_loss(models["policy"], data.obs, action, weight, args)
-    torch.manual_seed(4)
-    torch.testing.assert_close(loss, gmpo.matching_loss(models["policy"], data.action, data.obs, args).mean())
+    loss, metrics = gmpo.policy_loss(models["policy"], data.obs, data.action[:, None], weight, noise, args)
+    torch.testing.assert_close(loss, gmpo.matching_loss(models["policy"], data.action, data.obs, noise, args).mean())
     assert metrics["policy/ess"].item() == pytest.approx(1)
 
 
 def test_the_policy_needs_no_gradient_of_the_critic():
     args, data = args_of(actions="static", sampler_steps=2, candidates=2), dataset()
     models = build(args)
-    loss, _ = gmpo.policy_loss(models["policy"], data.obs, *gmpo.weighted_actions(models, data, args), args)
+    table = gmpo.weighted_actions(models, 0, data, args)
+    loss, _ = gmpo.policy_loss(models["policy"], data.obs, **table, noise=matching(40 * 2, args), args=args)
     loss.backward()
     assert all(p.grad is None for name in ("critic", "behaviour") for p in models[name].parameters())
     assert all(p.grad is not None for p in models["policy"].parameters())
@@ -353,7 +401,7 @@ def test_a_model_of_the_behaviour_is_built_only_where_it_is_sampled():
     assert "behaviour" in gmpo.build(3, 2, args_of(actions="static"))
 
 
-# Networks and the learning rate
+# Networks
 
 
 def test_paper_net_has_the_references_size(algorithm):
@@ -387,12 +435,3 @@ def test_networks_see_action_time_and_normalised_state(algorithm, network):
     torch.testing.assert_close(out, rows)
     normalize.fit(obs * 3 + 1)
     torch.testing.assert_close(net(x, t, obs * normalize.std + normalize.mean), out, rtol=1e-4, atol=1e-5)
-
-
-def test_set_lr_is_constant_or_a_cosine_from_the_rate_to_0(algorithm):
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
-    expected = {(0.0, True): 0.2, (0.5, True): 0.1, (0.25, True): 0.1 * (1 + math.sqrt(0.5)), (1.0, True): 0.0}
-    expected |= {(0.0, False): 0.2, (1.0, False): 0.2}
-    for (progress, decay), lr in expected.items():
-        algorithm.set_lr(optimizer, 0.2, progress, decay)
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr, abs=1e-12)

@@ -3,12 +3,14 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import idql
 from common import bandit, datasets
+from common.training import Adam
 
 torch.set_num_threads(1)
 OBS, ACT = 3, 2
@@ -22,6 +24,14 @@ def args_of(**changes):
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def matching(n, args, seed=0):
+    return idql.matching_noise((n,), ACT, args, seeded(seed))
+
+
+def acting(n, args, seed=0):
+    return idql.acting_noise(n, ACT, args, seeded(seed))
 
 
 def batch_of(n=32):
@@ -141,43 +151,54 @@ def test_noise_loss_is_a_sum_over_dimensions_at_whole_times():
     seen = []
     net = Net(lambda x, t, obs: seen.append(t) or x * (1 + t[:, None]) + obs[:, :ACT])
     batch, args = batch_of(500), args_of()
-    torch.manual_seed(5)
-    loss = idql.noise_loss(net, batch.action, batch.obs, args)
-    torch.manual_seed(5)
-    t, eps = torch.randint(5, (500,)), torch.randn(500, ACT)
+    noise = matching(500, args, seed=5)
+    loss, t, eps = idql.noise_loss(net, batch.action, batch.obs, noise, args), noise["t"], noise["eps"]
     kept = torch.tensor([math.exp(-0.1 * i / 5 - 0.5 * 9.9 * i**2 / 25) for i in range(1, 6)])[t][:, None]
     out = (kept.sqrt() * batch.action + (1 - kept).sqrt() * eps) * (1 + t[:, None]) + batch.obs[:, :ACT]
     torch.testing.assert_close(loss, ((out - eps)[:, 0]) ** 2 + ((out - eps)[:, 1]) ** 2, rtol=1e-4, atol=1e-4)
     assert torch.equal(seen[0], t.float()) and seen[0].unique().tolist() == [0, 1, 2, 3, 4]
 
 
+def test_matching_noise_is_a_uniform_whole_time_and_normal_noise_of_any_shape():
+    state, args = torch.get_rng_state(), args_of()
+    noise, same = (idql.matching_noise((3, 20_000), ACT, args, seeded(5)) for _ in range(2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert noise.keys() == {"t", "eps"} and all(torch.equal(noise[name], same[name]) for name in noise)
+    assert noise["t"].shape == (3, 20_000) and noise["eps"].shape == (3, 20_000, ACT)
+    share = noise["t"].flatten().bincount() / 60_000
+    torch.testing.assert_close(share, torch.full((5,), 0.2), rtol=0, atol=0.01)
+    eps = noise["eps"].flatten(0, 1)
+    torch.testing.assert_close(eps.mean(0), torch.zeros(ACT), rtol=0, atol=0.02)
+    torch.testing.assert_close(eps.T.cov(), torch.eye(ACT), rtol=0, atol=0.03)
+
+
 def test_policy_loss_is_the_mean_noise_loss_with_dropout_on_and_without_the_critic():
     policy, batch, args = models_of()["policy"].eval(), batch_of(), args_of()
-    losses = []
+    losses, noise = [], matching(32, args)
     for _ in range(2):
-        torch.manual_seed(1)
-        losses.append(idql.policy_loss(policy, batch, args)[0])
+        torch.manual_seed(1)  # of the dropout
+        losses.append(idql.policy_loss(policy, batch, noise, args)[0])
     torch.manual_seed(1)
     assert policy.training and torch.equal(*losses)
-    assert torch.equal(losses[0], idql.noise_loss(policy, batch.action, batch.obs, args).mean())
+    assert torch.equal(losses[0], idql.noise_loss(policy, batch.action, batch.obs, noise, args).mean())
     torch.manual_seed(1)
-    assert losses[0] != idql.noise_loss(policy.eval(), batch.action, batch.obs, args).mean()
+    assert losses[0] != idql.noise_loss(policy.eval(), batch.action, batch.obs, noise, args).mean()
     other = batch._replace(reward=batch.reward + 1, next_obs=batch.next_obs + 1, done=1 - batch.done)
     torch.manual_seed(1)
-    assert torch.equal(losses[0], idql.policy_loss(policy, other, args)[0])
+    assert torch.equal(losses[0], idql.policy_loss(policy, other, noise, args)[0])
 
 
 @pytest.mark.parametrize("schedule", ["vp", "cosine", "linear"])
 def test_denoise_is_eq_17_by_hand(schedule):
     args, obs = args_of(schedule=schedule), batch_of(64).obs
     net = Net(lambda x, t, obs: torch.sin(2 * x + t[:, None]) * obs[:, :ACT])
-    g, out = seeded(), idql.denoise(net, obs, args, seeded())
-    x, betas, clipped = torch.randn(64, ACT, generator=g), idql.betas(args).tolist(), 0
+    noise = torch.randn(1 + 5, 64, ACT, generator=seeded())
+    out, x, betas, clipped = idql.denoise(net, obs, noise, args), noise[0], idql.betas(args).tolist(), 0
     for t in (4, 3, 2, 1, 0):
         kept = math.prod(1 - b for b in betas[: t + 1])
         eps = torch.sin(2 * x + t) * obs[:, :ACT]
         x = (x - betas[t] / math.sqrt(1 - kept) * eps) / math.sqrt(1 - betas[t])
-        x = x + math.sqrt(betas[t]) * torch.randn(64, ACT, generator=g) if t > 0 else x
+        x = x + math.sqrt(betas[t]) * noise[1 + t] if t > 0 else x
         clipped += (x.abs() > 1).sum()
         x = x.clamp(-1, 1)
     torch.testing.assert_close(out, x, rtol=1e-4, atol=1e-5)
@@ -197,12 +218,13 @@ def test_ema_starts_as_a_frozen_copy_that_shares_normalize():
 def test_ema_alone_is_sampled_and_its_dropout_is_off():
     models, args, obs = models_of(dropout=0.5), args_of(dropout=0.5), batch_of().obs
     models["ema"].train()
-    first, second = (idql.act(models, obs, args, seeded()) for _ in range(2))
+    weights, noise = lambda model: list(model.parameters()), acting(32, args)  # noqa: E731
+    first, second = (idql.act(models, obs, noise, args) for _ in range(2))
     assert torch.equal(first, second)
-    idql.update_target(models["policy"], models_of(1)["policy"], 1.0)
-    assert torch.equal(first, idql.act(models, obs, args, seeded()))
-    idql.update_target(models["ema"], models["policy"], 1.0)
-    assert not torch.allclose(first, idql.act(models, obs, args, seeded()))
+    idql.update_target(weights(models["policy"]), weights(models_of(1)["policy"]), 1.0)
+    assert torch.equal(first, idql.act(models, obs, noise, args))
+    idql.update_target(weights(models["ema"]), weights(models["policy"]), 1.0)
+    assert not torch.allclose(first, idql.act(models, obs, noise, args))
 
 
 # The choice of a candidate
@@ -214,13 +236,31 @@ def q_and_v():
 
 def shares(n=40_000, **changes):
     q, v = q_and_v()
-    chosen = idql.choose(q.expand(n, 4), v.expand(n), args_of(**changes), seeded())
+    chosen = idql.choose(q.expand(n, 4), v.expand(n), torch.rand(n, generator=seeded()), args_of(**changes))
     return chosen.bincount(minlength=4) / n
 
 
 def test_argmax_takes_the_best():
     q = torch.tensor([[0.1, 0.5, -1.0], [3.0, 0.5, 2.0]])
-    assert idql.choose(q, torch.zeros(2), args_of()).tolist() == [1, 0]
+    for u in (0.0, 0.5, 0.999):
+        assert idql.choose(q, torch.zeros(2), torch.full((2,), u), args_of()).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("extraction", ["implicit", "softmax"])
+def test_a_draw_is_where_u_falls_among_the_shares(extraction):
+    """Expectile weights .3 .3 .7 .7 of 2, or those of exp q; u at both ends, and on both sides of every boundary."""
+    q, v = q_and_v()
+    weight = torch.tensor([0.3, 0.3, 0.7, 0.7]) if extraction == "implicit" else q.exp()
+    boundaries = (weight.cumsum(0) / weight.sum())[:3]
+    u = torch.cat([torch.tensor([0.0, 1 - 2**-24]), boundaries - 1e-4, boundaries + 1e-4])
+    args = args_of(extraction=extraction, critic_loss="expectile", expectile=0.7, beta=1.0)
+    assert idql.choose(q.expand(8, 4), v.expand(8), u, args).tolist() == [0, 3, 0, 1, 2, 1, 2, 3]
+
+
+def test_a_candidate_without_weight_is_never_drawn():
+    q, u = torch.tensor([-1e4, 0.0, -1e4, 0.0, -1e4]), torch.tensor([0.0, 0.25, 0.5, 0.75, 1 - 2**-24])
+    args = args_of(extraction="softmax", candidates=5)
+    assert idql.choose(q.expand(5, 5), torch.zeros(5), u, args).tolist() == [1, 1, 3, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -259,7 +299,7 @@ def at_the_state(models):
 @pytest.mark.parametrize("extraction", ["argmax", "implicit", "softmax"])
 def test_candidates_of_different_states_are_not_mixed(extraction):
     obs, args = batch_of(50).obs, args_of(extraction=extraction, candidates=8)
-    action = idql.act(at_the_state(models_of()), obs, args, seeded())
+    action = idql.act(at_the_state(models_of()), obs, acting(50, args), args)
     torch.testing.assert_close(action, obs[:, :ACT] / 10, rtol=0, atol=1e-5)
 
 
@@ -268,19 +308,20 @@ def test_act_takes_the_candidate_with_the_best_smaller_target_q():
     torch.nn.init.zeros_(models["critic"].q.nets[0][-1].weight)
     for net in models["critic"].target_q.nets:
         net[-1].weight.data.mul_(torch.randn(net[-1].weight.shape, generator=seeded(8)))
-    action = idql.denoise(models["ema"].eval(), obs.repeat_interleave(6, 0), args, seeded()).view(20, 6, ACT)
-    for b, found in enumerate(idql.act(models, obs, args, seeded())):
+    noise = acting(20, args)
+    action = idql.denoise(models["ema"].eval(), obs.repeat_interleave(6, 0), noise["x"], args).view(20, 6, ACT)
+    for b, found in enumerate(idql.act(models, obs, noise, args)):
         x = torch.cat([obs[b].expand(6, OBS), action[b]], -1)
         q = torch.minimum(*(net(x).squeeze(-1) for net in models["critic"].target_q.nets))
         assert torch.equal(found, action[b, q.argmax()])
 
 
-def test_act_is_in_bounds_and_its_generator_controls_it():
+def test_act_is_in_bounds_and_its_noise_controls_it():
     models, obs = models_of(), batch_of().obs
     for extraction in ("argmax", "implicit", "softmax"):
         args = args_of(extraction=extraction)
         state = torch.get_rng_state()
-        first, same, other = (idql.act(models, obs, args, seeded(seed)) for seed in (1, 1, 2))
+        first, same, other = (idql.act(models, obs, acting(32, args, seed), args) for seed in (1, 1, 2))
         assert first.shape == (32, ACT) and (first.abs() <= 1).all()
         assert torch.equal(first, same) and not torch.equal(first, other)
         assert torch.equal(state, torch.get_rng_state())
@@ -316,36 +357,36 @@ def test_heads_values_are_the_last_codes():
 TINY = dict(env="bandit", device="cpu", critic_steps=2, policy_steps=3, batch_size=4, policy_batch_size=4)
 
 
-class Recorded(torch.optim.AdamW):
-    made = []
+class Recorded(Adam):
+    made = {}
 
-    def __init__(self, parameters, *others, **more):
-        super().__init__(parameters, *others, **more)
-        self.made.append(self)
+    def __init__(self, seeds, part, *others, **more):
+        super().__init__(seeds, part, *others, **more)
+        self.made[part] = self
 
 
 @pytest.mark.parametrize("preset, decay", [("paper", 0.0), ("head", 1e-4)])
 def test_weight_decay_reaches_every_parameter_of_the_policy(tmp_path, monkeypatch, preset, decay):
-    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    monkeypatch.setattr(idql, "Adam", Recorded)
     monkeypatch.setattr(idql, "evaluate", lambda *_: {})
     idql.train(idql.Args(**TINY, preset=preset, run_dir=tmp_path / "run"))
-    groups = Recorded.made[-1].param_groups
-    assert [group["weight_decay"] for group in groups] == [decay]
+    decays = {part: optimizer.weight_decay for part, optimizer in Recorded.made.items()}
+    assert decays == {"critic.v": 0.0, "critic.q": 0.0, "policy": decay}
     policy = idql.build(1, 2, args_of(preset=preset))["policy"]
-    assert [p.shape for p in groups[0]["params"]] == [p.shape for p in policy.parameters()]
+    assert [p.shape for p in Recorded.made["policy"].parameters] == [p.shape for p in policy.parameters()]
 
 
 def test_training_averages_the_policy_and_reports_n(tmp_path, monkeypatch):
     policy_loss, seen = idql.policy_loss, []
 
-    def watched(policy, batch, args):
+    def watched(policy, batch, noise, args):
         seen.append([p.detach().clone() for p in policy.parameters()])
-        return policy_loss(policy, batch, args)
+        return policy_loss(policy, batch, noise, args)
 
-    def evaluated(models, *others):
-        seen.append([p.detach().clone() for p in models["policy"].parameters()])
-        seen.append(list(models["ema"].parameters()))
-        return {"eval/score": 0.0, "eval/return": 0.0}
+    def evaluated(seeds, *others):
+        seen.append([p.detach().clone() for p in seeds.models["policy"].parameters()])
+        seen.append(list(seeds.models["ema"].parameters()))
+        return {"eval/score": np.zeros(1), "eval/return": np.zeros(1)}
 
     monkeypatch.setattr(idql, "policy_loss", watched)
     monkeypatch.setattr(idql, "evaluate", evaluated)
@@ -379,16 +420,17 @@ def test_closed_forms_of_the_bandit_are_what_many_draws_give(monkeypatch, extrac
     args, targets = args_of(env="bandit", extraction=extraction, candidates=4, beta=2.0), []
     if extraction != "argmax":
         args = dataclasses.replace(args, candidates=256)  # a draw among N is the closed form only for many
+    uniform = lambda x: torch.special.ndtr(x[0, :, 0])  # of a normal number  # noqa: E731
     monkeypatch.setattr(
-        idql, "denoise", lambda net, obs, args, g: bandit.MODES[torch.randint(8, (len(obs),), generator=g)]
+        idql, "denoise", lambda net, obs, noise, args: bandit.MODES[(8 * uniform(noise)).long().clamp(max=7)]
     )
-    monkeypatch.setattr(bandit, "report", lambda action, target, run, step: targets.append((action, target)))
+    monkeypatch.setattr(bandit, "report", lambda action, target, folder, step: targets.append((action, target)))
     critic = Modes()
     values = torch.linspace(0, 1, 2001)
     critic.value = values[torch.stack([idql.f(bandit.REWARDS - v, args).mean() for v in values]).argmin()].item()
     models = {"critic": critic, "ema": nn.Identity()}
     for seed in range(3):
-        idql.evaluate_bandit(models, bandit.load(), None, args, 0, seeded(seed))
+        idql.evaluate_bandit(models, bandit.load(), seeded(seed), None, args, 0)
     found = bandit.frequencies(torch.cat([action for action, _ in targets]))
     assert 0.5 * (found - targets[0][1]).abs().sum() < 0.015
     assert targets[0][1].sum().item() == pytest.approx(1)

@@ -23,6 +23,11 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def steps_of(x, steps, seed=0):
+    """Standard normal numbers for each of the steps of a sampler that begins at x: (steps, ..., A)."""
+    return torch.randn(steps, *x.shape, dtype=x.dtype, generator=seeded(seed))
+
+
 def vp(t):
     alpha = torch.exp(-19.9 * t**2 / 4 - 0.1 * t / 2)
     return alpha, (1 - alpha**2).sqrt()
@@ -183,7 +188,7 @@ def test_noise_samplers_recover_a_gaussian(name, sampler, steps, tolerance):
 def test_sde_recovers_a_gaussian(name):
     schedule = SCHEDULES[name]
     x = torch.randn(20_000, 2, dtype=DTYPE, generator=seeded(1))
-    y = samplers.sde(gaussian_noise(schedule), schedule, x, 600, seeded(2))
+    y = samplers.sde(gaussian_noise(schedule), schedule, x, steps_of(x, 600, seed=2))
     torch.testing.assert_close(y.mean(0), MEAN, rtol=0, atol=0.015)
     torch.testing.assert_close(y.T.cov(), COV, rtol=0, atol=0.01)
     # unlike the ODE's, its samples forget where they started
@@ -202,7 +207,7 @@ def test_sde_redraws_the_share_of_noise_that_the_transition_has(name):
 
     x = schedule(torch.tensor(samplers.NOISE_START, dtype=DTYPE))[0] * MEAN
     x = x + torch.randn(40_000, 2, dtype=DTYPE, generator=seeded(1))
-    torch.testing.assert_close(samplers.sde(noise, schedule, x, 8, seeded(2)), MEAN.expand_as(x))
+    torch.testing.assert_close(samplers.sde(noise, schedule, x, steps_of(x, 8, seed=2)), MEAN.expand_as(x))
     alpha, sigma = schedule(samplers.NOISE_START * torch.linspace(1, 0, 9, dtype=DTYPE))
     expected = ((alpha[:-1] / sigma[:-1]) / (alpha[1:] / sigma[1:]))[:7]
     measured = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in itertools.pairwise(seen)])
@@ -284,7 +289,7 @@ def test_ddpm_without_noise():
         times.append(t)
         return 0 * x
 
-    y = samplers.ddpm(zero, BETAS, x, clip=False, temperature=0.0)
+    y = samplers.ddpm(zero, BETAS, x, steps_of(x, 5), clip=False, temperature=0.0)
     torch.testing.assert_close(y, x / (1 - BETAS).prod().sqrt(), rtol=1e-12, atol=0)
     assert [t.item() for t in times] == [4, 3, 2, 1, 0]
     assert all(t.shape == () and t.dtype == x.dtype for t in times)
@@ -295,32 +300,36 @@ def test_ddpm_mean_uses_the_noise_prediction():
     x = torch.randn(4, 2, dtype=DTYPE, generator=seeded())
     abar = (1 - BETAS[:2]).cumprod(0)
     noise = lambda x, t: (x - abar[int(t)].sqrt() * MEAN) / (1 - abar[int(t)]).sqrt()  # noqa: E731
-    torch.testing.assert_close(samplers.ddpm(noise, BETAS[:1], x, clip=False), MEAN.expand_as(x))
+    torch.testing.assert_close(samplers.ddpm(noise, BETAS[:1], x, steps_of(x, 1), clip=False), MEAN.expand_as(x))
     one = (x - BETAS[1] * (x - abar[1].sqrt() * MEAN) / (1 - abar[1])) / (1 - BETAS[1]).sqrt()
     two = (one - BETAS[0] * (one - abar[0].sqrt() * MEAN) / (1 - abar[0])) / (1 - BETAS[0]).sqrt()
-    torch.testing.assert_close(samplers.ddpm(noise, BETAS[:2], x, clip=False, temperature=0.0), two)
+    found = samplers.ddpm(noise, BETAS[:2], x, steps_of(x, 2), clip=False, temperature=0.0)
+    torch.testing.assert_close(found, two)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_ddpm_noise_scale_is_sqrt_beta(temperature):
     """A zero prediction from x = 0: the variance is the sum of beta_t over the later alphas, none at t = 0."""
     x = torch.zeros(200_000, 1, dtype=DTYPE)
-    y = samplers.ddpm(lambda x, t: 0 * x, BETAS, x, seeded(), clip=False, temperature=temperature)
+    z = steps_of(x, 5)
+    y = samplers.ddpm(lambda x, t: 0 * x, BETAS, x, z, clip=False, temperature=temperature)
     variance = sum(BETAS[i] / (1 - BETAS[:i]).prod() for i in range(1, 5))
     assert y.std().item() == pytest.approx(temperature * variance.sqrt().item(), rel=0.01)
     seen = []
-    samplers.ddpm(lambda x, t: seen.append(x) or 0 * x, BETAS, x, seeded(), clip=False, temperature=temperature)
+    samplers.ddpm(lambda x, t: seen.append(x) or 0 * x, BETAS, x, z, clip=False, temperature=temperature)
     assert seen[1].std().item() == pytest.approx(temperature * BETAS[4].sqrt().item(), rel=0.01)
+    torch.testing.assert_close(seen[1], temperature * BETAS[4].sqrt() * z[4])
 
 
 def test_ddpm_clips_every_step():
     seen, x = [], 5 * torch.randn(1000, 2, dtype=DTYPE, generator=seeded())
     model = lambda x, t: seen.append(x) or torch.zeros_like(x)  # noqa: E731
-    y = samplers.ddpm(model, BETAS, x, seeded(1))
+    z = steps_of(x, 5, seed=1)
+    y = samplers.ddpm(model, BETAS, x, z)
     assert torch.equal(seen[0], x)  # the start is left as it is
     for inner in [*seen[1:], y]:
         assert inner.abs().max() == 1.0
-    assert samplers.ddpm(model, BETAS, x, seeded(1), clip=False).abs().max() > 1
+    assert samplers.ddpm(model, BETAS, x, z, clip=False).abs().max() > 1
 
 
 # ---- log-density
@@ -459,13 +468,13 @@ def test_gradients_are_finite_differences(hutchinson):
 # ---- all of them
 
 
-def every_sampler(model, x, steps=4, generator=None):
+def every_sampler(model, x, steps=4):
     """A dictionary of calls without arguments: what is drawn, name -> (B, A) or a tuple that begins with it."""
-    probe = samplers.rademacher_like(x, generator)
+    probe, z = samplers.rademacher_like(x), torch.randn(steps, *x.shape, dtype=x.dtype, device=x.device)
     calls = {method: partial(samplers.ode, model, x, steps, method) for method in samplers.METHODS}
     for name, schedule in SCHEDULES.items():
         calls[f"ddim {name}"] = partial(samplers.ddim, model, schedule, x, steps)
-        calls[f"sde {name}"] = partial(samplers.sde, model, schedule, x, steps, generator)
+        calls[f"sde {name}"] = partial(samplers.sde, model, schedule, x, z)
         calls[f"dpm_solver_pp {name}"] = partial(samplers.dpm_solver_pp, model, schedule, x, steps)
     calls["ode_with_log_density"] = partial(samplers.ode_with_log_density, model, x, steps)
     calls["hutchinson"] = partial(samplers.ode_with_log_density, model, x, steps, probe=probe)
@@ -506,13 +515,14 @@ def test_no_sampler_waits_for_the_device():
         result = result if isinstance(result, tuple) else (result,)
         assert all(y.device.type == "meta" and y.dtype == torch.float32 for y in result)
         assert {tuple(y.shape) for y in result} <= {(2, 3), (2,)}
-    assert samplers.ddpm(lambda x, t: x * t, BETAS, x).shape == (2, 3)
+    assert samplers.ddpm(lambda x, t: x * t, BETAS, x, x.expand(5, 2, 3)).shape == (2, 3)
 
 
 def test_samplers_are_differentiable_and_keep_leading_dimensions():
     network = Network(3)
     x = torch.randn(2, 5, 3, dtype=DTYPE, generator=seeded()).requires_grad_()
-    calls = every_sampler(network, x) | {"ddpm": partial(samplers.ddpm, network, BETAS, x, clip=False)}
+    ddpm = partial(samplers.ddpm, network, BETAS, x, steps_of(x, 5), clip=False)
+    calls = every_sampler(network, x) | {"ddpm": ddpm}
     for sample in calls.values():
         result = sample()
         result = result[0] if isinstance(result, tuple) else result
@@ -522,20 +532,37 @@ def test_samplers_are_differentiable_and_keep_leading_dimensions():
             assert gradient is not None and gradient.isfinite().all() and gradient.abs().max() > 0
 
 
-@pytest.mark.parametrize("name", ["sde", "ddpm", "normal_like", "rademacher_like"])
-def test_generators(name):
+@pytest.mark.parametrize("name", ["sde", "ddpm", "rademacher_like"])
+def test_noise_alone_decides_what_is_drawn(name):
     x = torch.ones(50, 2)
     draw = {
-        "sde": lambda g: samplers.sde(lambda x, t: x, gvp, x, 4, g),
-        "ddpm": lambda g: samplers.ddpm(lambda x, t: x, BETAS, x, g),
-        "normal_like": lambda g: samplers.normal_like(x, g),
-        "rademacher_like": lambda g: samplers.rademacher_like(x, g),
+        "sde": lambda seed: samplers.sde(lambda x, t: x, gvp, x, steps_of(x, 4, seed)),
+        "ddpm": lambda seed: samplers.ddpm(lambda x, t: x, BETAS, x, steps_of(x, 5, seed)),
+        "rademacher_like": lambda seed: samplers.rademacher_like(x, seeded(seed)),
     }[name]
     state = torch.get_rng_state()
-    assert torch.equal(draw(seeded(1)), draw(seeded(1)))
-    assert not torch.equal(draw(seeded(1)), draw(seeded(2)))
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
     assert torch.equal(torch.get_rng_state(), state)  # the global stream is not touched
-    assert not torch.equal(draw(None), draw(None))
+    if name == "rademacher_like":
+        assert not torch.equal(samplers.rademacher_like(x), samplers.rademacher_like(x))
+
+
+@pytest.mark.parametrize("sampler", ["sde", "ddpm"])
+def test_each_step_has_noise_of_its_own_and_the_last_has_none(sampler):
+    """The steps whose noise z changes the action: all but the one that ends at t = 0, sde's last and ddpm's z_0."""
+    x, model = torch.ones(5, 2, dtype=DTYPE), lambda x, t: 0.1 * x
+    sample = {
+        "sde": lambda z: samplers.sde(model, gvp, x, z),
+        "ddpm": lambda z: samplers.ddpm(model, BETAS, x, z, clip=False),
+    }[sampler]
+    z = steps_of(x, 5)
+    changed = []
+    for step in range(5):
+        other = z.clone()
+        other[step] += 1
+        changed.append(not torch.equal(sample(other), sample(z)))
+    assert changed == {"sde": [True] * 4 + [False], "ddpm": [False] + [True] * 4}[sampler]
 
 
 def test_rademacher_is_fair_signs():
