@@ -430,11 +430,6 @@ def drive(net: nn.Module, obs: torch.Tensor, args: Args) -> Callable:
     return lambda x, t: velocity(net, x, t, obs, args.path)
 
 
-def acting_noise(batch: int, action_dim: int, args: Args, generator: torch.Generator) -> dict:
-    """What `act` draws: the start, (B, A)."""
-    return {"x": torch.randn(batch, action_dim, device=generator.device, generator=generator)}
-
-
 def policy_noise(shape: tuple[int, ...], action_dim: int, args: Args, generator: torch.Generator) -> dict:
     """What `policy_loss` draws, for samples of any shape (...): the start x (..., A), what else `args` asks for."""
     noise = {"x": torch.randn(*shape, action_dim, device=generator.device, generator=generator)}
@@ -488,6 +483,11 @@ def policy_loss(models: dict, batch: datasets.Batch, noise: dict, args: Args) ->
     kl = (log_pi - log_mu).detach().mean()
     metrics = {"policy/q": q.detach().mean(), "policy/kl": kl, "policy/undone": error.amax()}
     return loss, {"policy/loss": loss.detach(), **metrics}
+
+
+def acting_noise(batch: int, action_dim: int, args: Args, generator: torch.Generator) -> dict:
+    """What `act` draws: the start, (B, A)."""
+    return {"x": torch.randn(batch, action_dim, device=generator.device, generator=generator)}
 
 
 def act(models: dict, obs: torch.Tensor, noise: dict, args: Args) -> torch.Tensor:
@@ -625,9 +625,7 @@ def updates(seeds: Seeds, optimizers: dict, data: datasets.Dataset, args: Args) 
     def policy(index: torch.Tensor, **noise: torch.Tensor) -> dict:
         return policy_step(seeds, optimizers["policy_optimizer"], data[index], noise, args)
 
-    def critic(index: torch.Tensor) -> dict:
-        return critic_step(seeds, optimizers, data[index], args)
-
+    critic = lambda index: critic_step(seeds, optimizers, data[index], args)  # noqa: E731
     return {"critic": critic, "behaviour": behaviour, "policy": policy}
 
 

@@ -376,12 +376,6 @@ def noise_prediction(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torc
     return (alpha * out - d_alpha * x) / determinant
 
 
-def acting_noise(batch: int, action_dim: int, args: Args, generator: torch.Generator) -> dict:
-    """What `sample` draws: (n, B, A), the start and, for the SDE, the noise of each step."""
-    count = 1 + (args.sampler_steps if args.solver == "sde" else 0)
-    return {"x": torch.randn(count, batch, action_dim, device=generator.device, generator=generator)}
-
-
 def sample(net: nn.Module, obs: torch.Tensor, noise: dict, args: Args) -> torch.Tensor:
     """Eq. (6): noise to actions, (B, O) -> (B, A), not clipped. Noise: see `acting_noise`."""
     # differs from the paper: DPM-Solver++(2M) with 16 steps for Euler with 31
@@ -506,6 +500,12 @@ def policy_loss(
     return loss, {"policy/loss": loss.detach(), **metrics}
 
 
+def acting_noise(batch: int, action_dim: int, args: Args, generator: torch.Generator) -> dict:
+    """What `sample` draws: (n, B, A), the start and, for the SDE, the noise of each step."""
+    count = 1 + (args.sampler_steps if args.solver == "sde" else 0)
+    return {"x": torch.randn(count, batch, action_dim, device=generator.device, generator=generator)}
+
+
 def act(models: dict, obs: torch.Tensor, noise: dict, args: Args) -> torch.Tensor:
     """(B, O) -> (B, A) in [-1, 1]. Noise: see `acting_noise`."""
     return sample(models["policy"], obs, noise, args).clamp(-1, 1)
@@ -615,14 +615,13 @@ def draw(n: int, generator: torch.Generator, phase: str, data: datasets.Dataset,
 
 def optimizers_of(seeds: Seeds, args: Args) -> dict[str, Adam]:
     """One for each part that is trained."""
-    decay = {"behaviour": args.behaviour_steps, "policy": args.policy_steps} if args.lr_decay else {}
-    optimizers = {
+    steps = {"policy": args.policy_steps} | ({"behaviour": args.behaviour_steps} if args.actions != "data" else {})
+    decay = lambda part: steps[part] if args.lr_decay else None  # noqa: E731
+    return {
         "v_optimizer": Adam(seeds, "critic.v", args.critic_lr),
         "q_optimizer": Adam(seeds, "critic.q", args.critic_lr),
+        **{f"{part}_optimizer": Adam(seeds, part, args.policy_lr, decay(part)) for part in steps},
     }
-    for part in ["policy"] if args.actions == "data" else ["behaviour", "policy"]:
-        optimizers[f"{part}_optimizer"] = Adam(seeds, part, args.policy_lr, decay.get(part))
-    return optimizers
 
 
 def updates(seeds: Seeds, optimizers: dict, data: datasets.Dataset, table: dict, args: Args) -> dict[str, Callable]:
@@ -645,9 +644,7 @@ def updates(seeds: Seeds, optimizers: dict, data: datasets.Dataset, table: dict,
     def policy(index: torch.Tensor, **noise: torch.Tensor) -> dict:
         return descend(seeds, optimizers["policy_optimizer"], loss, data[index], seeds.rows(table, index), noise)
 
-    def critic(index: torch.Tensor) -> dict:
-        return critic_step(seeds, optimizers, data[index], args)
-
+    critic = lambda index: critic_step(seeds, optimizers, data[index], args)  # noqa: E731
     return {"critic": critic, "behaviour": behaviour, "policy": policy}
 
 

@@ -298,7 +298,7 @@ def betas(args: Args, device: str | torch.device = "cpu") -> torch.Tensor:
     return (1 - bar[1:] / bar[:-1]).clamp(max=0.999).float()
 
 
-def matching_noise(shape: tuple[int, ...], action_dim: int, args: Args, generator: torch.Generator) -> dict:
+def diffusion_noise(shape: tuple[int, ...], action_dim: int, args: Args, generator: torch.Generator) -> dict:
     """What `noise_loss` draws for samples of any shape (...): t (...), eps (..., A)."""
     same = dict(device=generator.device, generator=generator)
     t = torch.randint(args.diffusion_steps, shape, **same)
@@ -306,7 +306,7 @@ def matching_noise(shape: tuple[int, ...], action_dim: int, args: Args, generato
 
 
 def noise_loss(net: nn.Module, action: torch.Tensor, obs: torch.Tensor, noise: dict, args: Args) -> torch.Tensor:
-    """Eq. (16) of each sample: (B, A), (B, O) -> (B,). Noise: see `matching_noise`."""
+    """Eq. (16) of each sample: (B, A), (B, O) -> (B,). Noise: see `diffusion_noise`."""
     t, eps = noise["t"], noise["eps"]
     bar = (1 - betas(args, action.device)).cumprod(0)[t, None]  # (B, 1)
     x = bar.sqrt() * action + (1 - bar).sqrt() * eps  # Eq. (15)
@@ -387,7 +387,7 @@ def implicit_weights(u: torch.Tensor, args: Args, floor: float = 1e-3) -> torch.
 
 
 def policy_loss(policy: nn.Module, batch: datasets.Batch, noise: dict, args: Args) -> tuple[torch.Tensor, dict]:
-    """Eq. (16): plain behaviour cloning, the critic has no part in it. Noise: see `matching_noise`."""
+    """Eq. (16): plain behaviour cloning, the critic has no part in it. Noise: see `diffusion_noise`."""
     loss = noise_loss(policy.train(), batch.action, batch.obs, noise, args).mean()
     return loss, {"behaviour/loss": loss.detach()}
 
@@ -521,7 +521,7 @@ def draw(n: int, generator: torch.Generator, phase: str, data: datasets.Dataset,
     # differs from the authors' code: all of the data is trained on, not a random 95 %
     shape = n, args.policy_batch_size if phase == "policy" else args.batch_size
     numbers = {"index": torch.randint(len(data), shape, device=args.device, generator=generator)}
-    return numbers | (matching_noise(shape, data.action_dim, args, generator) if phase == "policy" else {})
+    return numbers | (diffusion_noise(shape, data.action_dim, args, generator) if phase == "policy" else {})
 
 
 def optimizers_of(seeds: Seeds, args: Args) -> dict[str, Adam]:
@@ -545,9 +545,7 @@ def updates(seeds: Seeds, optimizers: dict, data: datasets.Dataset, args: Args) 
         update_target(seeds.parameters("ema"), seeds.parameters("policy"), args.ema_rate)
         return metrics
 
-    def critic(index: torch.Tensor) -> dict:
-        return critic_step(seeds, optimizers, data[index], args)
-
+    critic = lambda index: critic_step(seeds, optimizers, data[index], args)  # noqa: E731
     return {"critic": critic, "policy": policy}
 
 

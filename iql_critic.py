@@ -445,9 +445,7 @@ def updates(seeds: Seeds, optimizers: dict, data: datasets.Dataset, args: Args) 
     def policy(index: torch.Tensor) -> dict:
         return descend(seeds, optimizers["policy_optimizer"], loss, data[index])
 
-    def critic(index: torch.Tensor) -> dict:
-        return critic_step(seeds, optimizers, data[index], args)
-
+    critic = lambda index: critic_step(seeds, optimizers, data[index], args)  # noqa: E731
     return {"critic": critic, "policy": policy}
 
 

@@ -165,7 +165,7 @@ class Folder:
 
     def load(self) -> dict:
         """The checkpoint. Raises UserError if it is missing or damaged."""
-        state = load_checkpoint(self.path)
+        state = load_checkpoint(self.path / "checkpoint.pt")
         self.seconds_before, self.best, self.last = state["seconds"], state["best"], state["last"]
         return state
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.optim.adamw import adamw
 
-BLOCK = 16  # gradient steps whose random numbers are drawn at once
+BLOCK = 64  # gradient steps whose random numbers are drawn at once
 WARM_UP = 3  # calls before a CUDA graph is captured
 
 

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 FILES = ["iql_critic.py", "gmpo.py", "gmpg.py", "idql.py"]
 
 # The names that are the lesson: each file has its own.
-OWN = {"Args", "PAPER", "ANTMAZE", "PREDICTS", "policy_loss", "act", "evaluate_bandit", "build", "train"}
+OWN = {"Args", "PAPER", "ANTMAZE", "PREDICTS", "policy_loss", "acting_noise", "act", "evaluate_bandit", "build"}
+OWN |= {"draw", "optimizers_of", "updates", "train"}
 
 
 def definitions(name: str) -> dict[str, tuple[int, int, str]]:

@@ -59,8 +59,8 @@ def test_the_softmax_is_the_data_reweighted_by_exp_beta_q(beta):
 class Folder:
     writer = None
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, path):
+        self.path = path
 
 
 def test_report_measures_total_variation_and_what_is_off_the_modes(tmp_path):
@@ -78,7 +78,7 @@ def test_gmpo_is_compared_with_exp_beta_q(tmp_path, monkeypatch):
     targets = []
     monkeypatch.setattr(bandit, "report", lambda action, target, *rest, **others: targets.append(target) or {})
     args = gmpo.Args(env="bandit", beta=3.0, sampler_steps=1, device="cpu")
-    gmpo.evaluate_bandit(gmpo.build(1, 2, args), bandit.load(size=64), Folder(tmp_path), args, 0, torch.Generator())
+    gmpo.evaluate_bandit(gmpo.build(1, 2, args), bandit.load(size=64), torch.Generator(), Folder(tmp_path), args, 0)
     torch.testing.assert_close(targets[0], soft(3.0))
 
 
@@ -88,7 +88,7 @@ def test_iql_is_compared_with_the_policy_its_v_is_the_value_of(tmp_path, monkeyp
     monkeypatch.setattr(bandit, "report", lambda action, target, *rest, **others: targets.append(target) or {})
     args = iql_critic.Args(env="bandit", critic_loss=loss, expectile=0.7, dropout=0.0, device="cpu", linex_max=1e9)
     models = iql_critic.build(1, 2, args)
-    iql_critic.evaluate_bandit(models, bandit.load(size=64), Folder(tmp_path), args, 0, torch.Generator())
+    iql_critic.evaluate_bandit(models, bandit.load(size=64), torch.Generator(), Folder(tmp_path), args, 0)
     target, q = targets[0].double(), bandit.REWARDS.double()
     v = (target * q).sum()
     expected = torch.where(q > v, 0.7, 0.3) if loss == "expectile" else torch.expm1(q - v) / (q - v)

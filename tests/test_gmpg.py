@@ -155,10 +155,14 @@ def train_behaviour(draw, args, steps, action_dim=2, width=64, size=256, lr=3e-3
     torch.manual_seed(0)
     net = gmpg.StateMLP(gmpg.Normalize(1), 1, action_dim, width)
     seeds, generator = Seeds(lambda seed: {"behaviour": net}, args), seeded()
-    optimizers = {"behaviour_optimizer": Adam(seeds, "behaviour", lr, steps)}
+    optimizer = Adam(seeds, "behaviour", lr, steps)
+
+    def loss(models, batch, noise):
+        return gmpg.matching_loss(models["behaviour"], batch.action, batch.obs, noise, args).mean(), {}
+
     for _ in range(steps):
         noise = gmpg.matching_noise((size,), action_dim, args, generator)
-        gmpg.behaviour_step(seeds, optimizers, batch_of(draw(size)), noise, args)
+        gmpg.descend(seeds, optimizer, loss, batch_of(draw(size)), noise)
     return net.requires_grad_(False)
 
 

@@ -351,7 +351,7 @@ def test_a_policy_step_takes_the_actions_and_weights_that_args_name(monkeypatch,
     seeds = Seeds(lambda seed: models, args)
     before = {name: [p.clone() for p in model.parameters()] for name, model in models.items()}
     optimizers = {"policy_optimizer": Adam(seeds, "policy", 1e-3)}
-    gmpo.policy_step(seeds, optimizers, data[index], seeds.rows(table, index), noise, args)
+    gmpo.updates(seeds, optimizers, data, table, args)["policy"](index, **noise)
     assert len(seen) == 1 and all(map(torch.equal, seen[0], expected))
     for name, model in models.items():
         moved = [not torch.equal(old, new) for old, new in zip(before[name], model.parameters())]

@@ -27,7 +27,7 @@ def seeded(seed=0):
 
 
 def matching(n, args, seed=0):
-    return idql.matching_noise((n,), ACT, args, seeded(seed))
+    return idql.diffusion_noise((n,), ACT, args, seeded(seed))
 
 
 def acting(n, args, seed=0):
@@ -159,9 +159,9 @@ def test_noise_loss_is_a_sum_over_dimensions_at_whole_times():
     assert torch.equal(seen[0], t.float()) and seen[0].unique().tolist() == [0, 1, 2, 3, 4]
 
 
-def test_matching_noise_is_a_uniform_whole_time_and_normal_noise_of_any_shape():
+def test_diffusion_noise_is_a_uniform_whole_time_and_normal_noise_of_any_shape():
     state, args = torch.get_rng_state(), args_of()
-    noise, same = (idql.matching_noise((3, 20_000), ACT, args, seeded(5)) for _ in range(2))
+    noise, same = (idql.diffusion_noise((3, 20_000), ACT, args, seeded(5)) for _ in range(2))
     assert torch.equal(state, torch.get_rng_state())
     assert noise.keys() == {"t", "eps"} and all(torch.equal(noise[name], same[name]) for name in noise)
     assert noise["t"].shape == (3, 20_000) and noise["eps"].shape == (3, 20_000, ACT)

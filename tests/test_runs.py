@@ -520,12 +520,10 @@ def test_load_policy_takes_raw_observations(trained, files):
     mean, std = normalize.mean.clone(), normalize.std.clone()
     assert torch.allclose(mean, torch.tensor(5.0), atol=1)
     normalize.mean.zero_(), normalize.std.fill_(1)
-    act = module.load_policy(folder)
-    torch.manual_seed(0)
-    action = act(obs)
-    torch.manual_seed(0)
+    action = module.load_policy(folder, seed=3)(obs)
     with torch.no_grad():
-        expected = module.act(models, (obs - mean) / std, module.Args(**checkpoint["args"]))
+        generator = torch.Generator().manual_seed(3)
+        expected = module.play(models, (obs - mean) / std, module.Args(**checkpoint["args"]), generator)
     assert action.std() > 0 and torch.allclose(action, expected, atol=1e-6)
 
 

@@ -9,13 +9,13 @@ import sync
 
 NAMES = sync.files()
 PAIRS = list(itertools.combinations(NAMES, 2))
-LINES, FUNCTION_LINES, DEPTH, COLUMNS = 620, 80, 4, 120
+LINES, FUNCTION_LINES, DEPTH, COLUMNS = 685, 80, 4, 120
 
 # How many lines `diff` may show: what a reader of the second file has to read after the first.
 DIFF_BUDGETS = {
-    ("iql_critic.py", "gmpo.py"): 410,
-    ("gmpo.py", "gmpg.py"): 310,
-    ("gmpo.py", "idql.py"): 500,
+    ("iql_critic.py", "gmpo.py"): 450,
+    ("gmpo.py", "gmpg.py"): 340,
+    ("gmpo.py", "idql.py"): 550,
 }  # fmt: skip
 
 each_file = pytest.mark.parametrize("name", NAMES)
