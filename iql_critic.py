@@ -334,13 +334,19 @@ def play(models: dict, obs: torch.Tensor, args: Args, generator: torch.Generator
     return act(models, obs, acting_noise(len(obs), models["policy"].action_dim, args, generator), args)
 
 
-def load_policy(path: str | Path, device: str = "cpu", seed: int = 0) -> Callable:
-    """A run's policy (its folder or checkpoint.pt) as act(obs): numpy or torch, (B, O) or (O,) -> actions in kind."""
+def load_models(path: str | Path, device: str = "cpu") -> tuple[dict[str, nn.Module], Args]:
+    """The networks and arguments of a run: its folder or checkpoint.pt."""
     checkpoint = runs.load_checkpoint(path)
-    args, generator = Args(**checkpoint["args"] | {"device": device}), torch.Generator(device).manual_seed(seed)
+    args = Args(**checkpoint["args"] | {"device": device})
     models = build(*checkpoint["sizes"], args)
     for name, model in models.items():
         model.to(device).load_state_dict(checkpoint[name])
+    return models, args
+
+
+def load_policy(path: str | Path, device: str = "cpu", seed: int = 0) -> Callable:
+    """A run's policy as act(obs): numpy or torch, (B, O) or (O,) -> actions in kind; its noise comes from `seed`."""
+    (models, args), generator = load_models(path, device), torch.Generator(device).manual_seed(seed)
     return runs.numpy_or_torch(lambda obs: play(models, obs, args, generator), device)
 
 

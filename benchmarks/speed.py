@@ -32,7 +32,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import gmpo
-from common import datasets, environments, runs
+from common import datasets, environments
 from common.training import Draws, Seeds, Update
 
 OBS, ACTION, ROWS = 17, 6, 200_000
@@ -52,6 +52,8 @@ class Args:
     """of each turn"""
     policy: Path | None = None
     """a run of gmpo.py, for `--what acting`"""
+    sampler_steps: int = 10
+    """of the sampler, for `--what acting`"""
     device: str = "cpu"
     """where"""
     output: Path | None = None
@@ -230,12 +232,9 @@ def phase_ways(args: Args) -> dict[str, dict]:
 
 def acting(args: Args) -> dict[str, dict]:
     """10 episodes in lock-step with the file's sampler, against one environment at a time with 31 Euler steps."""
-    checkpoint = runs.load_checkpoint(args.policy)
-    theirs = gmpo.Args(**checkpoint["args"] | {"device": args.device, "solver": "euler", "sampler_steps": 31})
-    ours = dataclasses.replace(theirs, solver=checkpoint["args"]["solver"], sampler_steps=10)
-    models = gmpo.build(*checkpoint["sizes"], ours)
-    for name, model in models.items():
-        model.to(args.device).load_state_dict(checkpoint[name])
+    models, ours = gmpo.load_models(args.policy, args.device)
+    theirs = dataclasses.replace(ours, solver="euler", sampler_steps=31)
+    ours = dataclasses.replace(ours, sampler_steps=args.sampler_steps)
     g, name = torch.Generator(args.device).manual_seed(0), ours.eval_env
 
     def player(count: int, policy_args: gmpo.Args) -> Callable[[int], None]:
@@ -252,7 +251,7 @@ def acting(args: Args) -> dict[str, dict]:
 
     return {
         "one at a time, Euler, 31 steps": (player(1, theirs), 1),
-        "10 in lock-step, 10 steps": (player(10, ours), 10),
+        f"10 in lock-step, {ours.solver}, {ours.sampler_steps} steps": (player(10, ours), 10),
     }
 
 

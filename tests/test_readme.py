@@ -11,7 +11,9 @@ import h5py
 import numpy as np
 import pytest
 import readme
+import torch
 
+import gmpo
 from common import environments
 
 TEXT = (readme.ROOT / "README.md").read_text()
@@ -85,6 +87,31 @@ def test_the_commands_run_in_their_order(folder):
             continue  # the optional packages
         done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_exported_policy_acts_as_the_policy_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = gmpo.Args(env="bandit", run_dir="run", critic_steps=2, policy_steps=2, batch_size=4, device="cpu")
+    gmpo.train(args)
+    (recipe,) = re.findall(r"^```python\n(import torch\n.*?)^```", TEXT, re.M | re.S)
+    recipe = recipe.replace("runs/halfcheetah-demo/gmpo/seed0", "run").replace("1, 17", "1, 1").replace("1, 6", "1, 2")
+    if not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))):
+        recipe = re.sub("torch.onnx.*", "", recipe)
+    names = {}
+    exec(recipe, names)
+    inputs = torch.zeros(1, 1), torch.randn(1, 1, 2)
+    with torch.no_grad():
+        expected = names["policy"](*inputs)
+        torch.testing.assert_close(torch.export.load("policy.pt2").module()(*inputs), expected)
+        torch.testing.assert_close(torch.jit.load("policy.ts")(*inputs), expected)
+    if (tmp_path / "policy.onnx").exists():
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession("policy.onnx")
+        feed = {slot.name: x.numpy() for slot, x in zip(session.get_inputs(), inputs)}
+        torch.testing.assert_close(torch.from_numpy(session.run(None, feed)[0]), expected, atol=1e-4, rtol=0)
+    assert not torch.equal(expected, names["policy"](inputs[0], inputs[1] + 1))
 
 
 def test_making_the_parts_leaves_the_rest_alone():

@@ -21,6 +21,7 @@ OBS, ACTION = 5, 2
 TINY = dict(
     device="cpu", critic_steps=4, behaviour_steps=4, policy_steps=4, batch_size=8, policy_batch_size=8, candidates=2,
     sampler_steps=2, eval_every=4, log_every=1, dropout=0.0, env="bandit",
+    critic_lr=1e-4, behaviour_lr=1e-4, policy_lr=1e-4,
 )  # fmt: skip
 VARIANTS = [(name, {}) for name in FILES]
 VARIANTS += [("gmpo", dict(actions="static")), ("gmpo", dict(actions="resampled", solver="sde"))]
@@ -226,6 +227,7 @@ def test_a_compiled_update_is_the_eager_one(name, phase, changes, capsys):
 
 def test_what_cannot_be_compiled_runs_and_says_so(tmp_path):
     words = ["--env", "bandit", "--compile", "--critic-steps", "3", "--policy-steps", "2", "--batch-size", "4"]
+    words += ["--critic-lr", "1e-4", "--policy-lr", "1e-4", "--sampler-steps", "2"]
     environment = os.environ | {
         "CXX": str(tmp_path / "no-such-compiler"),
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c"),
