@@ -27,6 +27,7 @@ from typing import Literal
 
 import gymnasium
 import numpy as np
+import scipy.stats
 import torch
 import tyro
 
@@ -185,7 +186,7 @@ def alternate(ways: dict[str, tuple[Callable[[int], None], int]], args: Args) ->
 
 
 def table(title: str, rows: dict[str, dict]) -> None:
-    print(f"\n{title}\n| | ms an update and seed | times as fast |\n| --- | --- | --- |")
+    print(f"\n{title}\n| | ms | times as fast |\n| --- | --- | --- |")
     for name, row in rows.items():
         print(f"| {name} | {row['ms']:.3f} | {row['ratio']:.2f} |")
     sys.stdout.flush()
@@ -230,29 +231,50 @@ def phase_ways(args: Args) -> dict[str, dict]:
     return tables
 
 
-def acting(args: Args) -> dict[str, dict]:
-    """10 episodes in lock-step with the file's sampler, against one environment at a time with 31 Euler steps."""
+def samplers_of(args: Args) -> tuple[dict, gmpo.Args, gmpo.Args]:
+    """The policy of --policy, the usual way to sample it, and ours."""
     models, ours = gmpo.load_models(args.policy, args.device)
-    theirs = dataclasses.replace(ours, solver="euler", sampler_steps=31)
-    ours = dataclasses.replace(ours, sampler_steps=args.sampler_steps)
-    g, name = torch.Generator(args.device).manual_seed(0), ours.eval_env
+    usual = dataclasses.replace(ours, solver="euler", sampler_steps=31)
+    return models, usual, dataclasses.replace(ours, sampler_steps=args.sampler_steps)
 
-    def player(count: int, policy_args: gmpo.Args) -> Callable[[int], None]:
-        envs = gymnasium.vector.SyncVectorEnv([partial(environments.make, name)] * count)
-        state = {"obs": envs.reset(seed=0)[0]}
 
-        @torch.no_grad()
-        def step(_: int) -> None:
-            noise = gmpo.acting_noise(count, ACTION, policy_args, g)
-            action = gmpo.act(models, torch.as_tensor(state["obs"], dtype=torch.float32), noise, policy_args)
-            state["obs"] = envs.step(action.numpy())[0]
+def player(models: dict, args: gmpo.Args, count: int) -> Callable[[int], tuple]:
+    """A function that plays one step of `count` environments in lock-step, and returns reward and end of each."""
+    envs = gymnasium.vector.SyncVectorEnv([partial(environments.make, args.eval_env)] * count)
+    state, g = {"obs": envs.reset(seed=0)[0]}, torch.Generator(args.device).manual_seed(0)
 
-        return step
+    @torch.no_grad()
+    def step(_: int) -> tuple[np.ndarray, np.ndarray]:
+        obs = torch.as_tensor(state["obs"], dtype=torch.float32, device=args.device)
+        action = gmpo.play(models, obs, args, g)
+        state["obs"], reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
+        return reward, terminated | truncated
 
+    return step
+
+
+def acting(args: Args) -> dict[str, tuple[Callable, int]]:
+    """One environment at a time with 31 Euler steps, as is usual, against 10 in lock-step with our sampler."""
+    models, usual, ours = samplers_of(args)
     return {
-        "one at a time, Euler, 31 steps": (player(1, theirs), 1),
-        f"10 in lock-step, {ours.solver}, {ours.sampler_steps} steps": (player(10, ours), 10),
+        "one at a time, Euler, 31 steps": (player(models, usual, 1), 1),
+        f"10 in lock-step, {ours.solver}, {ours.sampler_steps} steps": (player(models, ours, 10), 10),
     }
+
+
+def compare_scores(args: Args, episodes: int = 100) -> None:
+    """Do the two samplers score the same? Mann-Whitney's test on the scores of `episodes` episodes of each."""
+    models, *both = samplers_of(args)
+    scores = []
+    for way in both:
+        step, total, over = player(models, way, episodes), np.zeros(episodes), np.zeros(episodes, bool)
+        while not over.all():
+            reward, done = step(0)
+            total += reward * ~over
+            over |= done
+        scores.append(environments.normalized_score(total, way.eval_env))
+        print(f"{way.solver}, {way.sampler_steps} steps: score {scores[-1].mean():.1f} +- {scores[-1].std():.1f}")
+    print(f"{episodes} episodes each, Mann-Whitney: p = {scipy.stats.mannwhitneyu(*scores).pvalue:.2f}")
 
 
 def main(args: Args) -> None:
@@ -265,7 +287,7 @@ def main(args: Args) -> None:
     found = {}
     if args.what in ("update", "host"):
         batch_size, width = (2, 8) if args.what == "host" else (args.batch_size, 256)
-        title = f"GMPO's critic and policy update, batch {batch_size}, width {width}"
+        title = f"GMPO's critic and policy update, a seed, batch {batch_size}, width {width}"
         found[title] = alternate(update_ways(args, batch_size, width), args)
     elif args.what == "phases":
         found = {f"{name}, batch {args.batch_size}": alternate(ways, args) for name, ways in phase_ways(args).items()}
@@ -273,6 +295,7 @@ def main(args: Args) -> None:
         if args.policy is None:
             raise SystemExit("error: --what acting needs --policy, a run of gmpo.py")
         found["a step of one episode"] = alternate(acting(args), args)
+        compare_scores(args)
     for title, rows in found.items():
         table(title, rows)
     if args.output:
