@@ -222,21 +222,19 @@ def test_a_compiled_update_is_the_eager_one(name, phase, changes, capsys):
     for key, value in metrics[19].items():
         torch.testing.assert_close(metrics[39][key], value, rtol=1e-3, atol=1e-4)
     fresh = torch.cat([tensor.detach().flatten() for tensor in stepper(name, False, changes)[0].tensors.values()])
-    assert (found[0] - fresh).abs().max() > 1e-3
+    assert (found[0] - fresh).abs().max() > 3e-4
 
 
 def test_what_cannot_be_compiled_runs_and_says_so(tmp_path):
-    words = ["--env", "bandit", "--compile", "--critic-steps", "3", "--policy-steps", "2", "--batch-size", "4"]
-    words += ["--critic-lr", "1e-4", "--policy-lr", "1e-4", "--sampler-steps", "2"]
-    environment = os.environ | {
-        "CXX": str(tmp_path / "no-such-compiler"),
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c"),
-    }
-    command = [sys.executable, str(ROOT / "gmpo.py"), *words, "--run-dir", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0 and done.stdout.count("not compiled") >= 1 and "last score" in done.stdout
-    train("gmpo", critic_steps=3, policy_steps=2, batch_size=4, run_dir=tmp_path / "eager")
-    assert distance(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "eager")) < 1e-6
+    words = ["--env", "bandit", "--critic-steps", "3", "--policy-steps", "2", "--batch-size", "4"]
+    words += ["--sampler-steps", "2", "--run-dir"]
+    broken = os.environ | {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    out = []
+    for more in (["eager"], ["run", "--compile"]):
+        command = [sys.executable, str(ROOT / "gmpo.py"), *words, *more]
+        out.append(subprocess.run(command, capture_output=True, text=True, env=broken, check=True).stdout)
+    assert "not compiled" not in out[0] and "not compiled" in out[1] and "last score" in out[1]
+    assert distance(checkpoint("run"), checkpoint("eager")) == 0
 
 
 # ---------------------------------------------------------------- precision
