@@ -119,6 +119,9 @@ class Args:
     divergence: Literal["auto", "exact", "hutchinson"] = "auto"
     """determinants of Eq. (13): exact, or Hutchinson's estimate with one probe a solve; auto: exact up to A = 24"""
 
+    act_noise: float = 1.0
+    """scale of the noise that actions start from when the policy acts: 1 samples it, 0 takes its most typical action"""
+
     policy_steps: int | None = None
     """gradient steps of the policy; None: as PAPER says"""
     policy_lr: float | None = None
@@ -456,10 +459,15 @@ def kl_terms(
     return action, log_pi, log_mu, error
 
 
+def transport(net: nn.Module, obs: torch.Tensor, x: torch.Tensor, args: Args) -> torch.Tensor:
+    """Eq. (12): noise x to actions, (B, O), (B, A) -> (B, A) in [-1, 1]."""
+    return samplers.ode(drive(net, obs, args), x, args.sampler_steps, **NODES).clamp(-1, 1)
+
+
 def matching_regularised(models: dict, batch: datasets.Batch, noise: dict, args: Args) -> tuple[torch.Tensor, dict]:
     """-beta Q of the policy's actions, with Eq. (5) on the data in the place of the KL."""
     # differs from the reference code: there the matching loss is the behaviour model's, and moves nothing
-    q = models["critic"].q(batch.obs, act(models, batch.obs, noise, args)).amin(0)
+    q = models["critic"].q(batch.obs, transport(models["policy"], batch.obs, noise["x"], args)).amin(0)
     loss = (matching_loss(models["policy"], batch.action, batch.obs, noise, args) - args.beta * q).mean()
     return loss, {"policy/loss": loss.detach(), "policy/q": q.detach().mean()}
 
@@ -491,8 +499,8 @@ def acting_noise(batch: int, action_dim: int, args: Args, generator: torch.Gener
 
 
 def act(models: dict, obs: torch.Tensor, noise: dict, args: Args) -> torch.Tensor:
-    """Eq. (12): (B, O) -> (B, A) in [-1, 1]. Noise: see `acting_noise`."""
-    return samplers.ode(drive(models["policy"], obs, args), noise["x"], args.sampler_steps, **NODES).clamp(-1, 1)
+    """(B, O) -> (B, A) in [-1, 1]. Noise: see `acting_noise`."""
+    return transport(models["policy"], obs, args.act_noise * noise["x"], args)
 
 
 def play(models: dict, obs: torch.Tensor, args: Args, generator: torch.Generator) -> torch.Tensor:

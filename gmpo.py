@@ -121,6 +121,9 @@ class Args:
     candidates: int = 16
     """K of Eq. (9)"""
 
+    act_noise: float = 1.0
+    """scale of the noise that actions start from when the policy acts: 1 samples it, 0 takes its most typical action"""
+
     policy_steps: int | None = None
     """gradient steps of the policy; None: as PAPER says"""
     policy_lr: float | None = None
@@ -177,7 +180,7 @@ PAPER = {
     ),
     "own file": dict(
         critic_steps=100_000, behaviour_steps=100_000, policy_steps=100_000, batch_size=256,
-        policy_lr=3e-4, lr_decay=True, beta=3.0, normalize_obs=True, eval_every=10_000,
+        policy_lr=3e-4, lr_decay=True, beta=0.3, normalize_obs=True, eval_every=10_000,
     ),
 }  # fmt: skip
 
@@ -508,7 +511,7 @@ def acting_noise(batch: int, action_dim: int, args: Args, generator: torch.Gener
 
 def act(models: dict, obs: torch.Tensor, noise: dict, args: Args) -> torch.Tensor:
     """(B, O) -> (B, A) in [-1, 1]. Noise: see `acting_noise`."""
-    return sample(models["policy"], obs, noise, args).clamp(-1, 1)
+    return sample(models["policy"], obs, {"x": args.act_noise * noise["x"]}, args).clamp(-1, 1)
 
 
 def play(models: dict, obs: torch.Tensor, args: Args, generator: torch.Generator) -> torch.Tensor:

@@ -162,6 +162,7 @@ PAPER = {
     ),
     "own file": dict(
         critic_steps=100_000, policy_steps=100_000, policy_batch_size=256, normalize_obs=True, eval_every=10_000,
+        extraction="implicit", candidates=4,
     ),
 }  # fmt: skip
 # What the authors' last code changed.

@@ -38,6 +38,7 @@ from common.training import Adam, Seeds
 # lr_decay, where the learning rate follows the new length from then on.
 FREE = {
     "run_dir",
+    "act_noise",
     "num_seeds",
     "compile",
     "cudagraph",

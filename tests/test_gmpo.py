@@ -1,5 +1,6 @@
 """GMPO against closed forms: the paths, the matching loss, the sampled Gaussian, Eqs. (8) and (9) written by hand."""
 
+import dataclasses
 import importlib
 import math
 
@@ -435,3 +436,29 @@ def test_networks_see_action_time_and_normalised_state(algorithm, network):
     torch.testing.assert_close(out, rows)
     normalize.fit(obs * 3 + 1)
     torch.testing.assert_close(net(x, t, obs * normalize.std + normalize.mean), out, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gmpo", "gmpg"])
+def test_act_noise_scales_where_acting_starts_and_nothing_in_training(name):
+    algorithm, obs = importlib.import_module(name), torch.randn(64, 3, generator=seeded())
+    args = dataclasses.replace(algorithm.Args(device="cpu", beta=1.0, weight_max=1.0), sampler_steps=4)
+    models = algorithm.build(3, 2, args)
+    noise = algorithm.acting_noise(64, 2, args, seeded(1))
+    half, none = (dataclasses.replace(args, act_noise=scale) for scale in (0.5, 0.0))
+    with torch.no_grad():
+        assert torch.equal(
+            algorithm.act(models, obs, noise, half), algorithm.act(models, obs, {"x": noise["x"] / 2}, args)
+        )
+        other = algorithm.acting_noise(64, 2, args, seeded(2))
+        assert torch.equal(*(algorithm.act(models, obs, n, none) for n in (noise, other)))
+        assert not torch.equal(*(algorithm.act(models, obs, n, args) for n in (noise, other)))
+    if name == "gmpo":
+        critic, behaviour = models["critic"], models["policy"]
+        assert torch.equal(*(gmpo.candidates(critic, behaviour, obs, gmpo.acting_noise(1024, 2, a, seeded()), a)[0]
+                             for a in (args, none)))  # fmt: skip
+    else:
+        batch = datasets.Batch(obs, torch.zeros(64, 2), torch.zeros(64), obs, torch.zeros(64))
+        noise = algorithm.policy_noise((64,), 2, dataclasses.replace(args, gradient="matching"), seeded())
+        losses = [algorithm.policy_loss(models, batch, noise, dataclasses.replace(a, gradient="matching"))[0]
+                  for a in (args, none)]  # fmt: skip
+        assert torch.equal(*losses)

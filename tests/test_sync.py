@@ -9,7 +9,7 @@ import sync
 
 NAMES = sync.files()
 PAIRS = list(itertools.combinations(NAMES, 2))
-LINES, FUNCTION_LINES, DEPTH, COLUMNS = 690, 80, 4, 120
+LINES, FUNCTION_LINES, DEPTH, COLUMNS = 700, 80, 4, 120
 
 # How many lines `diff` may show: what a reader of the second file has to read after the first.
 DIFF_BUDGETS = {
