@@ -54,9 +54,9 @@ ROLLED_BUDGETS = {
     "idql": "--policy-steps 4000 --eval-every 2000 --candidates 16 --ema-rate 0.005",
 }
 BUDGETS = {
-    ("bandit", "gmpg"): "--log-every 20",
+    ("bandit", "gmpg"): "--policy-steps 120 --eval-every 30 --log-every 20",
     ("bandit", "idql"): "--candidates 8",
-    ("halfcheetah-demo", "gmpg"): "--log-every 20",
+    ("halfcheetah-demo", "gmpg"): "--policy-steps 200 --eval-every 50 --log-every 20",
     ("halfcheetah-demo", "idql"): "--policy-steps 2000 --eval-every 1000 --candidates 8 --ema-rate 0.005",
     **{(name, row): flags for name in ROLLED for row, flags in ROLLED_BUDGETS.items()},
 }

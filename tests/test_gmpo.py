@@ -441,7 +441,7 @@ def test_networks_see_action_time_and_normalised_state(algorithm, network):
 @pytest.mark.parametrize("name", ["gmpo", "gmpg"])
 def test_act_noise_scales_where_acting_starts_and_nothing_in_training(name):
     algorithm, obs = importlib.import_module(name), torch.randn(64, 3, generator=seeded())
-    args = dataclasses.replace(algorithm.Args(device="cpu", beta=1.0, weight_max=1.0), sampler_steps=4)
+    args = algorithm.Args(device="cpu", beta=1.0, sampler_steps=4)
     models = algorithm.build(3, 2, args)
     noise = algorithm.acting_noise(64, 2, args, seeded(1))
     half, none = (dataclasses.replace(args, act_noise=scale) for scale in (0.5, 0.0))
