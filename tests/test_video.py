@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 import h5py
@@ -121,7 +120,7 @@ def test_frames_are_those_of_the_episode(renderer, tmp_path):
         steps, over = steps + 1, terminated or truncated
     last = env.render()
     env.close()
-    environments.record(lambda obs, args, generator: torch.zeros(1, 3), tiny_args("gmpo", video=True), tmp_path)
+    environments.record(lambda obs, args, generator: torch.zeros(1, 3), tiny_args("gmpo", video=True), 0, tmp_path)
     drawn, facts = frames(tmp_path / "video.mp4")
     assert steps > 20 and len(drawn) == -(-steps // 4) + 1  # every 4th of 125 a second, and the last
     assert facts["fps"] == pytest.approx(125 / 4, abs=0.01) and drawn.shape[1:] == first.shape
@@ -136,15 +135,15 @@ def test_the_policy_gets_what_act_takes(renderer, tmp_path):
         return torch.ones(1, 3)
 
     drawn, args, before = [], tiny_args("gmpo", video=True), torch.get_rng_state()
-    environments.record(policy, args, tmp_path)
+    environments.record(policy, args, 0, tmp_path)
     middle, drawn = drawn, []
-    environments.record(policy, args, tmp_path)
+    environments.record(policy, args, 0, tmp_path)
     assert drawn == middle and torch.equal(before, torch.get_rng_state())
 
 
 def test_without_the_flag_nothing_is_done(tmp_path):
-    environments.record(partial(pytest.fail, "played"), tiny_args("gmpo"), tmp_path)
-    assert not (tmp_path / "video.mp4").exists()
+    train("gmpo", run_dir=tmp_path / "run")
+    assert not (tmp_path / "run" / "video.mp4").exists()
 
 
 @pytest.mark.parametrize("name", FILES)
