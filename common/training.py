@@ -176,17 +176,23 @@ class Adam:
             beta1=0.9, beta2=0.999, lr=lr, weight_decay=self.weight_decay, eps=1e-8,
         )  # fmt: skip
 
+    def _of_seed(self, tensors: list[Tensor], k: int) -> list[Tensor]:
+        return [x[k] for x in tensors] if self.count > 1 else tensors
+
     def state_dicts(self) -> list[dict]:
-        """One a seed."""
-        pick = [lambda x, k=k: x[k] if self.count > 1 else x for k in range(self.count)]
-        return [{"mean": [*map(p, self.mean)], "square": [*map(p, self.square)], "steps": self.steps[0]} for p in pick]
+        """The moments and the step count of each seed: copies, because a saved view takes all seeds along."""
+        states = [(self._of_seed(self.mean, k), self._of_seed(self.square, k)) for k in range(self.count)]
+        return [
+            {"mean": [x.clone() for x in mean], "square": [x.clone() for x in square], "steps": self.steps[0].clone()}
+            for mean, square in states
+        ]
 
     @torch.no_grad()
     def load_state_dicts(self, states: list[dict]) -> None:
         """Raises KeyError, ValueError or RuntimeError if they are those of other networks."""
-        for own, state in zip(self.state_dicts(), states, strict=True):
-            for name in ("mean", "square"):
-                for old, new in zip(own[name], state[name], strict=True):
+        for k, state in enumerate(states):
+            for own, name in ((self.mean, "mean"), (self.square, "square")):
+                for old, new in zip(self._of_seed(own, k), state[name], strict=True):
                     old.copy_(new)
         for steps in self.steps:
             steps.copy_(states[0]["steps"])

@@ -112,6 +112,13 @@ def test_several_seeds_resume_at_the_same_bits(name, tmp_path):
         assert one["step"] == other["step"] == total and distance(one, other) == 0
 
 
+def test_a_checkpoint_among_seeds_is_as_small_as_one_alone(tmp_path):
+    train("gmpo", num_seeds=3, run_dir=tmp_path / "three")
+    train("gmpo", run_dir=tmp_path / "one")
+    sizes = [(tmp_path / folder / "checkpoint.pt").stat().st_size for folder in ("three/seed1", "one")]
+    assert sizes[0] < 1.02 * sizes[1]
+
+
 def test_a_kill_between_two_renames_loses_nothing(tmp_path, monkeypatch):
     changes = dict(num_seeds=2, policy_steps=8, lr_decay=False)
     train("gmpo", run_dir=tmp_path / "whole", **changes)
