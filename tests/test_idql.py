@@ -428,7 +428,8 @@ def test_closed_forms_of_the_bandit_are_what_many_draws_give(monkeypatch, extrac
     critic = Modes()
     values = torch.linspace(0, 1, 2001)
     critic.value = values[torch.stack([idql.f(bandit.REWARDS - v, args).mean() for v in values]).argmin()].item()
-    models = {"critic": critic, "ema": nn.Identity()}
+    policy = SmallNet(None, 1, 2, None, None)
+    models = {"critic": critic, "ema": policy, "policy": policy}
     for seed in range(3):
         idql.evaluate_bandit(models, bandit.load(), seeded(seed), None, args, 0)
     found = bandit.frequencies(torch.cat([action for action, _ in targets]))
