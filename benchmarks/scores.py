@@ -1,6 +1,6 @@
 """README's score tables and pictures: run what is missing of a list, gather the results, write tables and pictures.
 
-    python benchmarks/scores.py                    bandit and halfcheetah-demo, three seeds, an hour on two cores
+    python benchmarks/scores.py                    bandit and halfcheetah-demo, three seeds; an estimated hour
     python benchmarks/scores.py --rolled FOLDER    the two rolled sets in FOLDER as well
     python benchmarks/scores.py --sets d4rl        those of D4RL's nine locomotion sets whose file is there; days
     python benchmarks/scores.py --ray              on a Ray cluster whose machines share this folder

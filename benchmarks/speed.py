@@ -19,7 +19,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,18 +76,22 @@ def args_of(module, **changes):
     return module.Args(**{key: value for key, value in values.items() if key in known})
 
 
+@contextmanager
+def narrow(width: int) -> Iterator[None]:
+    """gmpo.py's networks of another width than 256, for which the files have no argument."""
+    mlp, networks = gmpo.mlp, gmpo.NETWORKS
+    gmpo.mlp = lambda *sizes, **k: mlp(*[width if size == 256 else size for size in sizes], **k)
+    gmpo.NETWORKS = networks | {"mlp": partial(gmpo.StateMLP, width=width)}
+    yield
+    gmpo.mlp, gmpo.NETWORKS = mlp, networks
+
+
 def phases_of(module, data: datasets.Dataset, width: int = 256, **changes) -> dict[str, Callable[[int], dict]]:
     """phase -> a function of the step, as in the file's `train`."""
     args = args_of(module, **changes)
-    mlp, networks = module.mlp, getattr(module, "NETWORKS", None)
-    if width != 256:  # the files have no argument for it
-        module.mlp = lambda *sizes, **k: mlp(*[width if size == 256 else size for size in sizes], **k)
-        module.NETWORKS = {"mlp": partial(module.StateMLP, width=width)}
     build = lambda seed: {k: m.to(args.device) for k, m in module.build(OBS, ACTION, args).items()}  # noqa: E731
-    seeds = Seeds(build, args)
-    module.mlp = mlp
-    if networks:
-        module.NETWORKS = networks
+    with narrow(width):
+        seeds = Seeds(build, args)
     optimizers = module.optimizers_of(seeds, args)
     table = seeds.join(seeds.each(partial(gmpo.weighted_actions, data=data, args=args))) if module is gmpo else None
     inputs = (data, table, args) if module is gmpo else (data, args)
@@ -119,10 +124,8 @@ def usual(data: datasets.Dataset, batch_size: int, width: int = 256) -> Callable
     arrays, rng = [column.cpu().numpy() for column in data._split(data.rows)], np.random.default_rng(0)
     device = data.rows.device
     normalize = gmpo.Normalize(OBS)
-    mlp = gmpo.mlp
-    gmpo.mlp = lambda *sizes, **k: mlp(*[width if size == 256 else size for size in sizes], **k)
-    critic, policy = gmpo.Critic(normalize, OBS, ACTION), gmpo.StateMLP(normalize, OBS, ACTION, width)
-    gmpo.mlp = mlp
+    with narrow(width):
+        critic, policy = gmpo.Critic(normalize, OBS, ACTION), gmpo.StateMLP(normalize, OBS, ACTION, width)
     critic.to(device), policy.to(device)
     v_optimizer, q_optimizer, policy_optimizer = (
         torch.optim.Adam(part.parameters(), 3e-4) for part in (critic.v, critic.q, policy)
