@@ -228,16 +228,22 @@ def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
 
 
 class TwinQ(nn.Module):
-    """Two independent critics Q_1, Q_2: (B, O), (B, A) -> (2, B)."""
+    """Two independent critics Q_1, Q_2, a layer of both in one batched product: (B, O), (B, A) -> (2, B)."""
 
     def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int):
         super().__init__()
         self.normalize = normalize
-        self.nets = nn.ModuleList(mlp(obs_dim + action_dim, 256, 256, 1) for _ in range(2))
+        pairs = list(zip(*(mlp(obs_dim + action_dim, 256, 256, 1)[::2] for _ in range(2))))  # the linear layers
+        self.weights = nn.ParameterList(torch.stack([one.weight, two.weight]) for one, two in pairs)  # (2, out, in)
+        self.biases = nn.ParameterList(torch.stack([one.bias, two.bias])[:, None] for one, two in pairs)  # (2, 1, out)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([self.normalize(obs), action], -1)
-        return torch.stack([net(x).squeeze(-1) for net in self.nets])
+        x = torch.cat([self.normalize(obs), action], -1).expand(2, -1, -1)
+        *hidden, (weight, bias) = zip(self.weights, self.biases)
+        for w, b in hidden:
+            x = torch.baddbmm(b, x, w.mT).relu()  # (2, B, 256)
+        with torch.autocast(x.device.type, enabled=False):  # as in Output
+            return torch.baddbmm(bias, x.to(weight.dtype), weight.mT).squeeze(-1)
 
 
 class Value(nn.Module):

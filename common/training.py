@@ -234,7 +234,10 @@ class Update:
         if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
             return self._fall_back(f"torch {torch.__version__} can't trace a whole update")
         torch._dynamo.config.trace_autograd_ops = True
-        self.function = torch.compile(self.eager, fullgraph=True, options={"cpp_wrapper": True})
+        # Nothing that a guard would look for changes, and looking costs as much as the rest of the host's work; each
+        # Update has compiled code of its own, because without guards two of the same source are not told apart.
+        options = {"cpp_wrapper": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        self.function = torch.compile(self.eager, fullgraph=True, isolate_recompiles=True, options=options)
 
     def _fall_back(self, reason: str) -> None:
         print(f"not compiled, the run goes on without: {reason}", flush=True)

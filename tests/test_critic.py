@@ -11,6 +11,7 @@ import scipy.optimize
 import scipy.special
 import sync
 import torch
+from helpers import heads
 
 import iql_critic
 from common import datasets
@@ -53,8 +54,7 @@ def make_critic(algorithm):
             parameter.add_(0.1 * torch.randn_like(parameter))
         for twin in (critic.q, critic.target_q):
             values = twin(make_batch().obs, make_batch().action)
-            for net, mean in zip(twin.nets, values.mean(-1)):
-                net[-1].bias -= mean
+            twin.biases[-1] -= values.mean(-1)[:, None, None]
             assert 0 < (values - values.mean(-1, keepdim=True)).argmin(0).sum() < BATCH
     return critic
 
@@ -157,7 +157,7 @@ def test_implicit_weights_of_linex_are_smooth_at_zero_in_float32(implicit_weight
 
 def hand_v_loss(critic, batch, tau):
     x = torch.cat([batch.obs, batch.action], -1)
-    q = torch.minimum(critic.target_q.nets[0](x), critic.target_q.nets[1](x)).squeeze(-1)
+    q = torch.minimum(*(head(x) for head in heads(critic.target_q))).squeeze(-1)
     u = q.detach() - critic.v.net(batch.obs).squeeze(-1)
     return ((tau - (u < 0).double()).abs() * u**2).mean()
 
@@ -166,7 +166,7 @@ def hand_q_loss(critic, batch, discount):
     x = torch.cat([batch.obs, batch.action], -1)
     v = critic.v.net(batch.next_obs).squeeze(-1).detach()
     y = torch.where(batch.done == 1, batch.reward, batch.reward + discount * v)
-    return sum(((net(x).squeeze(-1) - y) ** 2).mean() for net in critic.q.nets)
+    return sum(((head(x).squeeze(-1) - y) ** 2).mean() for head in heads(critic.q))
 
 
 def hand_descend(loss, parameters, lr):
@@ -279,7 +279,7 @@ def test_advantages_are_the_smaller_online_q_minus_v(name):
     critic, batch = make_critic(algorithm).float(), datasets.Batch(*(x.float() for x in make_batch()))
     data = datasets.Dataset(*batch)
     x = torch.cat([data.obs, data.action], -1)
-    q = torch.minimum(*(net(x).squeeze(-1) for net in critic.q.nets))
+    q = torch.minimum(*(head(x).squeeze(-1) for head in heads(critic.q)))
     torch.testing.assert_close(algorithm.advantages(critic, data), (q - critic.v.net(data.obs).squeeze(-1)).detach())
 
 
@@ -297,15 +297,23 @@ def test_critic_sizes_are_the_references(algorithm):
 
 def test_the_networks_are_iqls(algorithm):
     critic = algorithm.Critic(algorithm.Normalize(OBS), OBS, ACT)
-    for net in [*critic.q.nets, critic.v.net]:
-        assert [type(layer).__name__ for layer in net] == ["Linear", "ReLU", "Linear", "ReLU", "Output"]
-        assert isinstance(net[-1], torch.nn.Linear)
-        for layer in net[::2]:
-            w = layer.weight
-            gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
-            torch.testing.assert_close(gram, 2 * torch.eye(len(gram)), atol=1e-5, rtol=0)
-            assert not layer.bias.any()
-    assert not torch.equal(critic.q.nets[0][0].weight, critic.q.nets[1][0].weight)
+    assert [type(layer).__name__ for layer in critic.v.net] == ["Linear", "ReLU", "Linear", "ReLU", "Output"]
+    assert isinstance(critic.v.net[-1], torch.nn.Linear)
+    assert [tuple(w.shape) for w in critic.q.weights] == [(2, 256, OBS + ACT), (2, 256, 256), (2, 1, 256)]
+    for w in [*(layer.weight for layer in critic.v.net[::2]), *(w for both in critic.q.weights for w in both)]:
+        gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
+        torch.testing.assert_close(gram, 2 * torch.eye(len(gram)), atol=1e-5, rtol=0)
+    assert not any(bias.any() for bias in [*(layer.bias for layer in critic.v.net[::2]), *critic.q.biases])
+    assert not torch.equal(*critic.q.weights[0])
+
+
+def test_the_twins_are_two_separate_networks(algorithm):
+    critic, batch = make_critic(algorithm), make_batch()
+    x = torch.cat([batch.obs, batch.action], -1)
+    q = critic.q(batch.obs, batch.action)
+    torch.testing.assert_close(q, torch.stack([head(x).squeeze(-1) for head in heads(critic.q)]))
+    gradients = torch.autograd.grad(q[0].exp().sum(), critic.q.parameters())
+    assert all(gradient[0].any() and not gradient[1].any() for gradient in gradients)
 
 
 def test_the_last_layer_keeps_its_type_under_autocast(algorithm):
@@ -392,7 +400,7 @@ def test_policy_loss_is_weighted_regression_by_hand():
     args = args_of(iql_critic, beta=2.0, weight_max=1.2)
     loss, metrics = iql_critic.policy_loss(actor, critic, batch, args)
     x = torch.cat([batch.obs, batch.action], -1)
-    q = torch.minimum(*(net(x).squeeze(-1) for net in critic.target_q.nets))
+    q = torch.minimum(*(head(x).squeeze(-1) for head in heads(critic.target_q)))
     w = torch.exp(2 * (q - critic.v.net(batch.obs).squeeze(-1))).clamp(max=1.2)
     z = (batch.action - torch.tanh(actor.net(batch.obs))) / actor.log_std.exp()
     log_n = -(0.5 * z**2 + actor.log_std + 0.5 * math.log(2 * math.pi)).sum(-1)

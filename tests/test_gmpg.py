@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers import heads
 from torch import nn
 
 import gmpg
@@ -355,7 +356,7 @@ def test_pathwise_loss_is_eq_14_with_the_smaller_online_q():
     loss, metrics = gmpg.policy_loss(models, batch, noise, args_of(beta=3.0))
     action, log_pi, log_mu, _ = gmpg.kl_terms(models["policy"], models["behaviour"], batch.obs, noise, args_of())
     x = torch.cat([batch.obs, action.clamp(-1, 1)], -1)
-    q = torch.minimum(*(net(x).squeeze(-1) for net in models["critic"].q.nets))
+    q = torch.minimum(*(head(x).squeeze(-1) for head in heads(models["critic"].q)))
     torch.testing.assert_close(loss, (-3 * q + log_pi - log_mu).mean())
     torch.testing.assert_close(metrics["policy/q"], q.mean())
     torch.testing.assert_close(metrics["policy/kl"], (log_pi - log_mu).mean())

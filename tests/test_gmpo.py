@@ -7,6 +7,7 @@ import math
 import pytest
 import sync
 import torch
+from helpers import heads
 from torch import nn
 
 import gmpo
@@ -270,8 +271,7 @@ def build(args):
     models, data = gmpo.build(3, 2, args), dataset()
     with torch.no_grad():
         values = models["critic"].q(data.obs, data.action)
-        for net, mean in zip(models["critic"].q.nets, values.mean(-1)):
-            net[-1].bias -= mean
+        models["critic"].q.biases[-1] -= values.mean(-1)[:, None, None]
     return models
 
 
@@ -302,7 +302,7 @@ def test_candidates_are_weighted_by_a_softmax_over_the_k_of_a_state():
     assert (action.abs() <= 1).all() and action.std(1).min() > 0
     for b in range(3):
         x = torch.cat([obs[b].expand(4, 3), action[b]], -1)
-        q = torch.minimum(*(net(x).squeeze(-1) for net in models["critic"].q.nets))
+        q = torch.minimum(*(head(x).squeeze(-1) for head in heads(models["critic"].q)))
         expected = torch.exp(3 * q) / torch.exp(3 * q).sum()
         torch.testing.assert_close(weight[b], expected.detach())
 

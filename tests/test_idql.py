@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import heads
 from torch import nn
 
 import idql
@@ -305,14 +306,14 @@ def test_candidates_of_different_states_are_not_mixed(extraction):
 
 def test_act_takes_the_candidate_with_the_best_smaller_target_q():
     models, obs, args = models_of(), batch_of(20).obs, args_of(candidates=6)
-    torch.nn.init.zeros_(models["critic"].q.nets[0][-1].weight)
-    for net in models["critic"].target_q.nets:
-        net[-1].weight.data.mul_(torch.randn(net[-1].weight.shape, generator=seeded(8)))
+    torch.nn.init.zeros_(models["critic"].q.weights[-1][0])
+    weight = models["critic"].target_q.weights[-1]
+    weight.data.mul_(torch.randn(weight.shape, generator=seeded(8)))
     noise = acting(20, args)
     action = idql.denoise(models["ema"].eval(), obs.repeat_interleave(6, 0), noise["x"], args).view(20, 6, ACT)
     for b, found in enumerate(idql.act(models, obs, noise, args)):
         x = torch.cat([obs[b].expand(6, OBS), action[b]], -1)
-        q = torch.minimum(*(net(x).squeeze(-1) for net in models["critic"].target_q.nets))
+        q = torch.minimum(*(head(x).squeeze(-1) for head in heads(models["critic"].target_q)))
         assert torch.equal(found, action[b, q.argmax()])
 
 
