@@ -70,6 +70,8 @@ class Args:
     """replay each update as one CUDA graph; no effect without a GPU"""
     bf16: bool = False
     """hidden layers of the losses in bfloat16; densities, targets, sums, Adam and acting stay in float32"""
+    fast_matmul: bool = False
+    """float32 products by TF32 on CUDA, by oneDNN on a CPU; whether that is faster depends on the machine"""
     run_dir: Path | None = None
     """the run's folder; None: runs/<env>/gmpg/seed<seed>; with several seeds, of their folders seed<seed>"""
     resume: bool = False

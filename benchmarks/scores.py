@@ -47,11 +47,11 @@ SETS = {  # set: its flags; `{rolled}` is the folder of --rolled
 }
 # Budgets other than PAPER's, and how often to log: (set, beginning of the row's name) -> flags.
 ROLLED_BUDGETS = {
-    "iql": "--critic-steps 30000 --policy-steps 30000 --eval-every 10000",
-    "clone": "--policy-steps 20000 --eval-every 5000",
-    "gmpo": "--policy-steps 20000 --eval-every 5000 --beta 1",
-    "gmpg": "--behaviour-steps 20000 --policy-steps 400 --eval-every 100 --log-every 20",
-    "idql": "--policy-steps 4000 --eval-every 2000 --candidates 16 --ema-rate 0.005",
+    "iql": "--critic-steps 10000 --target-rate 0.02 --policy-steps 20000 --eval-every 5000",
+    "clone": "--policy-steps 15000 --policy-lr 1e-3 --eval-every 5000",
+    "gmpo": "--policy-steps 15000 --policy-lr 1e-3 --eval-every 5000",
+    "gmpg": "--behaviour-steps 15000 --behaviour-lr 1e-3 --policy-steps 100 --eval-every 50 --log-every 20",
+    "idql": "--policy-steps 4000 --eval-every 2000 --ema-rate 0.005",
 }
 BUDGETS = {
     ("bandit", "gmpg"): "--policy-steps 120 --eval-every 30 --log-every 20",

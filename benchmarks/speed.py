@@ -54,8 +54,8 @@ class Args:
     """of each turn"""
     policy: Path | None = None
     """a run of gmpo.py, for `--what acting`"""
-    sampler_steps: int = 10
-    """of the sampler, for `--what acting`"""
+    sampler_steps: tuple[int, ...] = (16, 10)
+    """of the sampler, for `--what acting`, against 31"""
     device: str = "cpu"
     """where"""
     output: Path | None = None
@@ -234,50 +234,52 @@ def phase_ways(args: Args) -> dict[str, dict]:
     return tables
 
 
-def samplers_of(args: Args) -> tuple[dict, gmpo.Args, gmpo.Args]:
-    """The policy of --policy, the usual way to sample it, and ours."""
-    models, ours = gmpo.load_models(args.policy, args.device)
-    usual = dataclasses.replace(ours, solver="euler", sampler_steps=31)
-    return models, usual, dataclasses.replace(ours, sampler_steps=args.sampler_steps)
-
-
 def player(models: dict, args: gmpo.Args, count: int) -> Callable[[int], tuple]:
     """A function that plays one step of `count` environments in lock-step, and returns reward and end of each."""
     envs = gymnasium.vector.SyncVectorEnv([partial(environments.make, args.eval_env)] * count)
     state, g = {"obs": envs.reset(seed=0)[0]}, torch.Generator(args.device).manual_seed(0)
+    actor = Update(lambda obs, **noise: {"action": gmpo.act(models, obs, noise, args)}, args)
 
     @torch.no_grad()
     def step(_: int) -> tuple[np.ndarray, np.ndarray]:
         obs = torch.as_tensor(state["obs"], dtype=torch.float32, device=args.device)
-        action = gmpo.play(models, obs, args, g)
-        state["obs"], reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
+        noise = gmpo.acting_noise(count, models["policy"].action_dim, args, g)
+        state["obs"], reward, terminated, truncated, _ = envs.step(actor(obs=obs, **noise)["action"].cpu().numpy())
         return reward, terminated | truncated
 
     return step
 
 
+def policies_of(args: Args) -> tuple[dict, dict[int, gmpo.Args]]:
+    """The policy of --policy, and its arguments with 31 and with --sampler-steps steps."""
+    models, of_run = gmpo.load_models(args.policy, args.device)
+    return models, {n: dataclasses.replace(of_run, sampler_steps=n) for n in (31, *args.sampler_steps)}
+
+
 def acting(args: Args) -> dict[str, tuple[Callable, int]]:
-    """One environment at a time with 31 Euler steps, as is usual, against 10 in lock-step with our sampler."""
-    models, usual, ours = samplers_of(args)
-    return {
-        "one at a time, Euler, 31 steps": (player(models, usual, 1), 1),
-        f"10 in lock-step, {ours.solver}, {ours.sampler_steps} steps": (player(models, ours, 10), 10),
-    }
+    """One environment at a time with 31 steps, as is usual, against 10 in lock-step with fewer."""
+    models, found = policies_of(args)
+    ways = {"one at a time, 31 steps": (player(models, found[31], 1), 1)}
+    for n, changed in found.items():
+        ways[f"10 in lock-step, {n} steps"] = (player(models, changed, 10), 10)
+        compiled = dataclasses.replace(changed, compile=True)
+        ways[f"10 in lock-step, {n} steps, --compile"] = (player(models, compiled, 10), 10)
+    return ways
 
 
 def compare_scores(args: Args, episodes: int = 100) -> None:
-    """Do the two samplers score the same? Mann-Whitney's test on the scores of `episodes` episodes of each."""
-    models, *both = samplers_of(args)
-    scores = []
-    for way in both:
-        step, total, over = player(models, way, episodes), np.zeros(episodes), np.zeros(episodes, bool)
+    """Does the number of steps change the score? Welch's test on the mean scores of `episodes` episodes of each."""
+    models, found = policies_of(args)
+    scores = {}
+    for n, changed in found.items():
+        step, total, over = player(models, changed, episodes), np.zeros(episodes), np.zeros(episodes, bool)
         while not over.all():
             reward, done = step(0)
             total += reward * ~over
             over |= done
-        scores.append(environments.normalized_score(total, way.eval_env))
-        print(f"{way.solver}, {way.sampler_steps} steps: score {scores[-1].mean():.1f} +- {scores[-1].std():.1f}")
-    print(f"{episodes} episodes each, Mann-Whitney: p = {scipy.stats.mannwhitneyu(*scores).pvalue:.2f}")
+        scores[n] = environments.normalized_score(total, changed.eval_env)
+        p = scipy.stats.ttest_ind(scores[31], scores[n], equal_var=False).pvalue
+        print(f"{n} steps: score {scores[n].mean():.1f} +- {scores[n].std():.1f}, p = {p:.3f}")
 
 
 def main(args: Args) -> None:

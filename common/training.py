@@ -16,6 +16,7 @@ from torch.optim.adamw import adamw
 
 BLOCK = 64  # gradient steps whose random numbers are drawn at once
 WARM_UP = 3  # calls before a CUDA graph is captured
+MATMUL_ERROR = 1e-5  # relative, that a CPU's fast products may have; float32's own is under 1e-6
 
 
 # ---------------------------------------------------------------- several seeds
@@ -44,6 +45,7 @@ class Seeds:
         """`build(seed)` makes the networks of one seed, on their device."""
         self.numbers, self.count = range(args.seed, args.seed + args.num_seeds), args.num_seeds
         self.device, self.bf16, self.separate = args.device, args.bf16, []
+        set_matmul(args)
         for seed in self.numbers:
             torch.manual_seed(seed)
             self.separate.append(Models(build(seed)))
@@ -148,6 +150,23 @@ class Draws:
 
 
 # ---------------------------------------------------------------- gradient steps
+
+
+def set_matmul(args) -> None:
+    """`--fast-matmul`: torch's float32 products by TF32 on CUDA, by oneDNN on a CPU.
+
+    On CPUs with units for bfloat16, oneDNN rounds to that. One product is compared with float64's; if it is not as good
+    as float32's, the run goes on without, and says so in a line.
+    """
+    fast = {"cuda": "high", "cpu": "medium"}.get(torch.device(args.device).type, "highest")
+    torch.set_float32_matmul_precision(fast if args.fast_matmul else "highest")
+    if fast == "medium" and args.fast_matmul:
+        x = torch.randn(256, 256, generator=generator("cpu", 0))
+        exact = x.double() @ x.double()
+        error = ((x @ x - exact).norm() / exact.norm()).item()
+        if error > MATMUL_ERROR:
+            print(f"no fast products, the run goes on without: their relative error here is {error:.0e}", flush=True)
+            torch.set_float32_matmul_precision("highest")
 
 
 class Adam:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import UserError, datasets, runs
+from common import UserError, datasets, runs, training
 from common.training import BLOCK, Draws, Seeds, Update, generator
 
 ROOT = Path(__file__).parents[1]
@@ -210,8 +210,12 @@ def stepper(name, compiled, changes):
     return seeds, {p: (Update(update, args), draws(p)) for p, update in updates.items()}, module, args
 
 
-PHASES = [("iql_critic", "critic", {}), ("iql_critic", "policy", {}), ("gmpo", "policy", {}), ("gmpg", "behaviour", {})]
-PHASES += [("gmpg", "policy", {}), ("idql", "policy", dict(preset="paper")), ("gmpo", "policy", dict(num_seeds=2))]
+PHASES = [(name, "critic", {}) for name in FILES] + [(name, "policy", {}) for name in FILES]
+PHASES += [
+    ("gmpo", "behaviour", dict(actions="static")),
+    ("gmpg", "behaviour", {}),
+    ("gmpo", "policy", dict(num_seeds=2)),
+]
 
 
 @pytest.mark.parametrize("name, phase, changes", PHASES, ids=lambda x: x if isinstance(x, str) else str([*x.values()]))
@@ -232,6 +236,28 @@ def test_a_compiled_update_is_the_eager_one(name, phase, changes, capsys):
     assert (found[0] - fresh).abs().max() > 3e-4
 
 
+def test_two_updates_of_the_same_source_are_compiled_apart():
+    def times(factor):
+        return Update(lambda x: {"y": factor * x}, args_of("gmpo", compile=True))
+
+    one, two, x = times(torch.tensor(2.0)), times(torch.tensor(3.0)), torch.ones(3)
+    for _ in range(2):
+        assert (one(x=x)["y"], two(x=x)["y"]) == (pytest.approx([2.0] * 3), pytest.approx([3.0] * 3))
+    with pytest.raises(RuntimeError):  # not silently wrong
+        one(x=torch.ones(4))
+
+
+@pytest.mark.parametrize("name", ["gmpo", "idql"])
+def test_a_compiled_run_resumes_where_it_would_have_been(name, tmp_path):
+    changes = dict(compile=True, lr_decay=False)
+    train(name, run_dir=tmp_path / "once", policy_steps=8, **changes)
+    for steps in (4, 8):
+        torch._dynamo.reset()
+        train(name, run_dir=tmp_path / "twice", policy_steps=steps, resume=steps == 8, **changes)
+    one, other = checkpoint(tmp_path / "once"), checkpoint(tmp_path / "twice")
+    assert one["step"] == other["step"] and distance(one, other) < 1e-6
+
+
 def test_what_cannot_be_compiled_runs_and_says_so(tmp_path):
     words = ["--env", "bandit", "--critic-steps", "3", "--policy-steps", "2", "--batch-size", "4"]
     words += ["--sampler-steps", "2", "--run-dir"]
@@ -245,6 +271,26 @@ def test_what_cannot_be_compiled_runs_and_says_so(tmp_path):
 
 
 # ---------------------------------------------------------------- precision
+
+
+@pytest.fixture
+def default_products():
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_fast_products_give_nearly_the_same_weights(default_products, tmp_path):
+    for fast in (False, True):
+        train("gmpo", fast_matmul=fast, run_dir=tmp_path / str(fast))
+        assert torch.get_float32_matmul_precision() == ("medium" if fast else "highest")
+    assert distance(*(checkpoint(tmp_path / str(fast)) for fast in (False, True))) < 1e-5
+
+
+def test_fast_products_that_are_not_exact_are_refused(default_products, monkeypatch, capsys):
+    monkeypatch.setattr(training, "MATMUL_ERROR", 1e-9)
+    training.set_matmul(args_of("gmpo", fast_matmul=True))
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert "no fast products, the run goes on without: their relative error here is " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, phase", [("iql_critic", "critic"), ("gmpo", "policy"), ("idql", "policy")])
