@@ -69,7 +69,7 @@ class Args:
     cudagraph: bool = False
     """replay each update as one CUDA graph; no effect without a GPU"""
     bf16: bool = False
-    """hidden layers of the losses in bfloat16; densities, targets, sums, Adam and acting stay in float32"""
+    """products of the losses in bfloat16, but for critics' last layer; densities, sums, Adam, acting: float32"""
     fast_matmul: bool = False
     """float32 products by TF32 on CUDA, by oneDNN on a CPU; whether that is faster depends on the machine"""
     run_dir: Path | None = None
@@ -605,7 +605,7 @@ def critic_step(seeds: Seeds, optimizers: dict, batch: datasets.Batch, args: Arg
 
 
 def policy_step(seeds: Seeds, optimizer: Adam, batch: datasets.Batch, noise: dict, args: Args) -> dict:
-    """Eq. (14), its gradient clipped; in float32 always, which densities need."""
+    """Eq. (14), its gradient clipped; never in bfloat16, which is too coarse for densities."""
     loss, metrics = seeds(partial(policy_loss, args=args), batch, noise)
     gradients = torch.autograd.grad(loss.sum(), optimizer.parameters)  # of the policy alone: mu and Q are frozen
     # differs from the reference code: no clipping there; one sample near a fold of the sampler can ruin a run

@@ -71,7 +71,7 @@ class Args:
     cudagraph: bool = False
     """replay each update as one CUDA graph; no effect without a GPU"""
     bf16: bool = False
-    """hidden layers of the losses in bfloat16; targets, sums, Adam and acting stay in float32"""
+    """products of the losses in bfloat16, but for critics' last layer; sums, Adam and acting stay in float32"""
     fast_matmul: bool = False
     """float32 products by TF32 on CUDA, by oneDNN on a CPU; whether that is faster depends on the machine"""
     run_dir: Path | None = None
@@ -507,7 +507,8 @@ def policy_loss(
     matching = matching_loss(policy, action.flatten(0, 1), repeated, noise, args).view_as(weight)
     loss = (weight * matching).sum(-1).mean()
     clipped = (weight >= args.weight_max).float().mean()
-    metrics = {"policy/weight": weight.mean(), "policy/clipped": clipped, "policy/ess": effective_share(weight)}
+    share = effective_share(weight.sum(-1))  # of the states: in Eq. (9) all have the same weight
+    metrics = {"policy/weight": weight.mean(), "policy/clipped": clipped, "policy/ess": share}
     return loss, {"policy/loss": loss.detach(), **metrics}
 
 

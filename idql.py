@@ -67,7 +67,7 @@ class Args:
     cudagraph: bool = False
     """replay each update as one CUDA graph; no effect without a GPU"""
     bf16: bool = False
-    """hidden layers of the losses in bfloat16; targets, sums, Adam and acting stay in float32"""
+    """products of the losses in bfloat16, but for critics' last layer; sums, Adam and acting stay in float32"""
     fast_matmul: bool = False
     """float32 products by TF32 on CUDA, by oneDNN on a CPU; whether that is faster depends on the machine"""
     run_dir: Path | None = None
@@ -302,7 +302,9 @@ def betas(args: Args, device: str | torch.device = "cpu") -> torch.Tensor:
     if args.schedule == "cosine":
         bar = torch.cos((torch.cat([i[:1] - 1, i]) / steps + 0.008) / 1.008 * math.pi / 2).square()
     else:  # 5 of DDPM's 1000 betas would leave 95 % of the signal: take the product of 1000 / T at a time
-        full = torch.cat([i.new_ones(1), (1 - torch.linspace(1e-4, 2e-2, 1000).to(i)).cumprod(0)])
+        full = torch.cat(
+            [i.new_ones(1), (1 - torch.linspace(1e-4, 2e-2, 1000, dtype=i.dtype, device=i.device)).cumprod(0)]
+        )
         bar = full[(torch.cat([i[:1] - 1, i]) * 1000 / steps).round().long()]
     return (1 - bar[1:] / bar[:-1]).clamp(max=0.999).float()
 

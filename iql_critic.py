@@ -68,7 +68,7 @@ class Args:
     cudagraph: bool = False
     """replay each update as one CUDA graph; no effect without a GPU"""
     bf16: bool = False
-    """hidden layers of the losses in bfloat16; targets, sums, Adam and acting stay in float32"""
+    """products of the losses in bfloat16, but for critics' last layer; sums, Adam and acting stay in float32"""
     fast_matmul: bool = False
     """float32 products by TF32 on CUDA, by oneDNN on a CPU; whether that is faster depends on the machine"""
     run_dir: Path | None = None

@@ -318,8 +318,9 @@ INTRO = """Made by `python benchmarks/scores.py`: mean of the last scores ± sta
 seed's best score; interquartile mean (of three seeds: the mean) with the 95 % interval of a stratified bootstrap;
 gradient steps and minutes of a run, without the critic's where that is the one of IQL's row."""
 NOTES = {
-    DEMOS: """`bandit`: 100 (1 - total variation) to each method's own closed form, for cloning the behaviour.
-`halfcheetah-demo`: 100 is the undisturbed runner.""",
+    DEMOS: """`bandit`: 100 (1 - total variation) to each method's own closed form, for cloning the behaviour; IQL's is
+that of the policy its critic implies, Eq. (11), not of its Gaussian, which is in the picture. `halfcheetah-demo`: 100
+is the undisturbed runner.""",
     ROLLED: """These are not D4RL's files, and the scores are no D4RL scores. Each set has 100 000 steps in the physics
 of `common/environments.py`, half of them by a medium agent (halfcheetah: a linear policy with action noise of 0.1;
 hopper: SAC, sampled), half by an expert (TQC, sampled). 0 and 100 are D4RL's reference returns.""",

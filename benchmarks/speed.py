@@ -31,6 +31,7 @@ import numpy as np
 import scipy.stats
 import torch
 import tyro
+from torch._dynamo.utils import counters
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import gmpo
@@ -92,6 +93,7 @@ def phases_of(module, data: datasets.Dataset, width: int = 256, **changes) -> di
     build = lambda seed: {k: m.to(args.device) for k, m in module.build(OBS, ACTION, args).items()}  # noqa: E731
     with narrow(width):
         seeds = Seeds(build, args)
+    precision = torch.get_float32_matmul_precision()  # what --fast-matmul says, of this way alone
     optimizers = module.optimizers_of(seeds, args)
     table = seeds.join(seeds.each(partial(gmpo.weighted_actions, data=data, args=args))) if module is gmpo else None
     inputs = (data, table, args) if module is gmpo else (data, args)
@@ -100,11 +102,12 @@ def phases_of(module, data: datasets.Dataset, width: int = 256, **changes) -> di
         if f"{phase}_optimizer" in optimizers or phase == "critic":
             say = {} if module.__name__ == "iql_critic" else {"phase": phase}
             draws = Draws(seeds, partial(module.draw, data=data, args=args, **say))
-            steps[phase] = partial(make_step, Update(update, args), draws)
+            steps[phase] = partial(make_step, Update(update, args), draws, precision)
     return steps
 
 
-def make_step(update: Update, draws: Draws, step: int) -> dict:
+def make_step(update: Update, draws: Draws, precision: str, step: int) -> dict:
+    torch.set_float32_matmul_precision(precision)
     return update(**draws(step))
 
 
@@ -203,6 +206,7 @@ def update_ways(args: Args, batch_size: int, width: int) -> dict:
         "usual": (usual(data, batch_size, width), 1),
         "eager": (ours(), 1),
         "--compile": (ours(compile=True), 1),
+        "--compile --fast-matmul": (ours(compile=True, fast_matmul=True), 1),
         "--compile --bf16": (ours(compile=True, bf16=True), 1),
         f"--num-seeds {s}": (ours(num_seeds=s), s),
         f"--num-seeds {s} --compile": (ours(num_seeds=s, compile=True), s),
@@ -222,15 +226,20 @@ def update_ways(args: Args, batch_size: int, width: int) -> dict:
 
 
 def phase_ways(args: Args) -> dict[str, dict]:
-    """Every phase of every file, eager and compiled."""
-    data, tables = random_data(args.device), {}
+    """Every phase of every file, in the ways that matter most."""
+    data, tables, n = random_data(args.device), {}, args.num_seeds
     for name in ("iql_critic", "gmpo", "gmpg", "idql"):
         module = importlib.import_module(name)
         sizes = dict(batch_size=args.batch_size, policy_batch_size=args.batch_size, device=args.device)
-        eager, compiled = phases_of(module, data, **sizes), phases_of(module, data, compile=True, **sizes)
-        for phase in eager:
+        ways = {
+            "eager": (phases_of(module, data, **sizes), 1),
+            "--compile": (phases_of(module, data, **sizes, compile=True), 1),
+            "--compile --bf16": (phases_of(module, data, **sizes, compile=True, bf16=True), 1),
+            f"--num-seeds {n} --compile": (phases_of(module, data, **sizes, compile=True, num_seeds=n), n),
+        }
+        for phase in ways["eager"][0]:
             if phase != "critic" or name == "iql_critic":  # the critic is the same text in all files
-                tables[f"{name}.py, {phase}"] = {"eager": (eager[phase], 1), "--compile": (compiled[phase], 1)}
+                tables[f"{name}.py, {phase}"] = {way: (steps[phase], k) for way, (steps, k) in ways.items()}
     return tables
 
 
@@ -303,6 +312,8 @@ def main(args: Args) -> None:
         compare_scores(args)
     for title, rows in found.items():
         table(title, rows)
+    compiled = counters["frames"]
+    assert compiled["total"] == compiled["ok"] and not counters["graph_break"], "a compiled way was not compiled"
     if args.output:
         args.output.write_text(json.dumps({"versions": versions, "figures": found}, indent=2) + "\n")
 

@@ -7,7 +7,7 @@
         result.json      the last score, the best one, and how long it took
 
 Nothing of the user's is ever overwritten: a folder that holds a run is only entered with `--resume`, and only with the
-same configuration.
+same configuration, or with `--eval-only`, which writes nothing but a video.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -34,8 +34,8 @@ from common import TrainingError, UserError, datasets, environments
 from common.datasets import Dataset
 from common.training import Adam, Seeds
 
-# What `--resume` may change: none of these alters the weights that a given step arrives at, but for policy_steps with
-# lr_decay, where the learning rate follows the new length from then on.
+# What `--resume` may change: none of these alters the weights that a given step arrives at by more than rounding, but
+# for policy_steps with lr_decay, where the learning rate follows the new length from then on.
 FREE = {
     "run_dir",
     "act_noise",
@@ -52,6 +52,8 @@ FREE = {
     "log_every",
     "policy_steps",
 }
+CRITIC = {"env", "critic_loss", "expectile", "linex_alpha", "linex_max"}  # what a critic's weights mean
+MODEL = CRITIC | {"path", "network", "preset", "schedule", "diffusion_steps", "beta"}  # and a policy's
 AT_LEAST_1 = {
     "batch_size",
     "candidates",
@@ -87,7 +89,10 @@ def fill_in(args, paper: dict):
 
     Raises UserError for a number that makes no sense, for a device or an environment that is not there.
     """
-    values = paper["*"] | paper.get("own file" if _own_file(args.env) else args.env, {})
+    name = "own file" if _own_file(args.env) else args.env
+    if name not in paper:  # AntMaze's -v2 are its -v0 with mistakes corrected
+        name = re.sub("^(antmaze-.*)-v[12]$", r"\1-v0", name)
+    values = paper["*"] | paper.get(name, {})
     args = dataclasses.replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,6 +103,8 @@ def fill_in(args, paper: dict):
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {args.device} is not to be had here; use cpu, cuda or cuda:<number>") from None
+    if torch.device(args.device).index:
+        torch.cuda.set_device(args.device)  # a CUDA graph is captured on the current device
     for name, value in vars(args).items():
         flag, number = "--" + name.replace("_", "-"), isinstance(value, int | float) and not isinstance(value, bool)
         if number and (value < 0 or not math.isfinite(value)):
@@ -125,11 +132,12 @@ def prepare(models: dict[str, torch.nn.Module], data: Dataset, args, seed: int) 
     if args.critic:
         own = Path(args.critic) / f"seed{seed}"
         checkpoint = load_checkpoint(own if own.is_dir() else args.critic)
-        if checkpoint["args"]["env"] != args.env:
-            raise UserError(
-                f"the critic in {args.critic} is of {checkpoint['args']['env']}, not of {args.env}; choose that data"
-            )
-        models["critic"].load_state_dict(checkpoint["critic"])
+        if other := _other(CRITIC, checkpoint["args"], vars(args)):
+            raise UserError(f"the critic in {args.critic} is one with {other}; give the same")
+        try:
+            models["critic"].load_state_dict(checkpoint["critic"])
+        except RuntimeError:
+            raise UserError(f"the critic in {args.critic} is another network (of a --preset?); train one") from None
     return models
 
 
@@ -151,18 +159,13 @@ class Folder:
         config = json.loads(path.read_text())
         if config["algorithm"] != algorithm:
             raise UserError(f"{self.path} holds a run of {config['algorithm']}.py; choose another --run-dir")
-        if args.eval_only:
-            return
-        if not args.resume:
+        if not args.resume and not args.eval_only:
             raise UserError(
                 f"{self.path} holds a run already; add --resume to go on with it, or choose another --run-dir"
             )
-        for key, old in config["args"].items():
-            if key not in FREE and old != self.arguments.get(key):
-                flag = key.replace("_", "-")
-                raise UserError(
-                    f"{self.path} holds a run with --{flag} {old}, not {self.arguments[key]}; choose a new --run-dir"
-                )
+        if other := _other(MODEL if args.eval_only else config["args"].keys() - FREE, config["args"], self.arguments):
+            advice = "give the same" if args.eval_only else "choose a new --run-dir"
+            raise UserError(f"{self.path} holds a run with {other}; {advice}")
 
     def load(self) -> dict:
         """The checkpoint. Raises UserError if it is missing or damaged."""
@@ -221,7 +224,9 @@ class Folder:
         os.replace(self.path / "checkpoint.pt.tmp", self.path / "checkpoint.pt")
 
     def _advice(self) -> str:
-        return f"the last good checkpoint is kept in {self.path}; try a smaller learning rate or beta"
+        kept = f"the last good checkpoint is kept in {self.path}"
+        there = (self.path / "checkpoint.pt").exists()
+        return f"{kept if there else 'no checkpoint was written yet'}; try a smaller learning rate or beta"
 
 
 class Run:
@@ -277,13 +282,14 @@ class Run:
         self.bar.close()
 
     def record(self, step: int, metrics: dict, seeds: Seeds, optimizers: dict[str, Adam], **facts) -> None:
-        """Log every `log_every` steps and at evaluations, save every `save_every` steps; both at the end.
+        """Log every `log_every` steps, save every `save_every` steps; both after evaluations and at the end.
 
         A metric is a tensor or an array, of one number a seed. `facts` are kept in the checkpoint.
         """
-        if step % self.args.log_every == 0 or step == self.total or any(key.startswith("eval/") for key in metrics):
+        always = step == self.total or any(key.startswith("eval/") for key in metrics)
+        if always or step % self.args.log_every == 0:
             self.log(step, metrics)
-        if step % self.args.save_every == 0 or step == self.total:
+        if always or step % self.args.save_every == 0:
             self.save(step, seeds, optimizers, **facts)
 
     def log(self, step: int, metrics: dict) -> None:
@@ -392,6 +398,14 @@ def _interval(scores: np.ndarray) -> tuple[float, float]:
     """Of the mean, 95 %, by bootstrap over seeds."""
     means = np.random.default_rng(0).choice(scores, (10_000, len(scores))).mean(1)
     return tuple(np.quantile(means, [0.025, 0.975]))
+
+
+def _other(keys: Iterable[str], old: dict, new: dict) -> str:
+    """The first of `keys` that both have and that differs, as "--key old, not new", or ""."""
+    for key in sorted(keys):
+        if key in old and key in new and old[key] != new[key]:
+            return f"--{key.replace('_', '-')} {old[key]}, not {new[key]}"
+    return ""
 
 
 def _own_file(env: str) -> bool:

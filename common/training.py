@@ -165,7 +165,7 @@ def set_matmul(args) -> None:
         exact = x.double() @ x.double()
         error = ((x @ x - exact).norm() / exact.norm()).item()
         if error > MATMUL_ERROR:
-            print(f"no fast products, the run goes on without: their relative error here is {error:.0e}", flush=True)
+            print(f"--fast-matmul is ignored: the relative error of such products is {error:.0e} here", flush=True)
             torch.set_float32_matmul_precision("highest")
 
 
@@ -250,8 +250,8 @@ class Update:
             return self.function(**inputs)
 
     def _compile(self) -> None:
-        if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
-            return self._fall_back(f"torch {torch.__version__} can't trace a whole update")
+        if torch.__version__ < (2, 13):
+            return self._fall_back(f"torch {torch.__version__} can't trace a whole update, 2.13 can")
         torch._dynamo.config.trace_autograd_ops = True
         # Nothing that a guard would look for changes, and looking costs as much as the rest of the host's work; each
         # Update has compiled code of its own, because without guards two of the same source are not told apart.

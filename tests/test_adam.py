@@ -15,7 +15,7 @@ each_count = pytest.mark.parametrize("count", [1, 3])
 
 def seeds_of(count=1, dtype=torch.float32):
     """Networks of two parts, each seed's with weights of its own."""
-    args = SimpleNamespace(seed=5, num_seeds=count, device="cpu", bf16=False)
+    args = SimpleNamespace(seed=5, num_seeds=count, device="cpu", bf16=False, fast_matmul=False)
     return Seeds(lambda seed: {"net": nn.Linear(4, 3).to(dtype), "other": nn.Linear(4, 3).to(dtype)}, args)
 
 

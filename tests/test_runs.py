@@ -372,11 +372,31 @@ def test_eval_only_without_an_environment_says_so(name, files, tmp_path):
     assert (code, err) == (0, "") and "not evaluated" in out
 
 
-def test_eval_only_with_other_networks_is_refused(files, tmp_path):
-    train("gmpo", env=str(files / "own.hdf5"), run_dir=tmp_path / "run")
-    flags = ["--env", files / "own.hdf5", "--run-dir", tmp_path / "run", *tiny_flags("gmpo"), "--network", "paper"]
-    code, _, err = command("gmpo", *flags, "--eval-only")
-    assert refused(code, err, "other networks", "config.json")
+@pytest.mark.parametrize("flag, value", [("--network", "paper"), ("--path", "vp"), ("--beta", "7.0")])
+def test_eval_only_of_another_model_is_refused(flag, value, finished_gmpo):
+    flags = ["--env", "bandit", "--run-dir", finished_gmpo, *tiny_flags("gmpo"), flag, value, "--eval-only"]
+    code, _, err = command("gmpo", *flags)
+    assert refused(code, err, f"holds a run with {flag} ", f", not {value}; give the same")
+
+
+def test_eval_only_may_sample_in_another_way(finished_gmpo):
+    flags = ["--env", "bandit", "--run-dir", finished_gmpo, *tiny_flags("gmpo", sampler_steps=3), "--eval-only"]
+    code, out, _ = command("gmpo", *flags, "--solver", "euler")
+    assert code == 0 and "last score" in out
+
+
+@pytest.fixture(scope="module")
+def finished_gmpo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    train("gmpo", env="bandit", run_dir=folder / "run")
+    return folder / "run"
+
+
+def test_every_evaluation_leaves_a_checkpoint(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(9, patch)
+        train("gmpo", env="bandit", run_dir=tmp_path / "run", eval_every=4, save_every=1000)
+    assert load(tmp_path / "run")["step"] == 8
 
 
 def test_tensorboard_has_each_step_once_after_a_resume(files, tmp_path, monkeypatch):
@@ -387,6 +407,12 @@ def test_tensorboard_has_each_step_once_after_a_resume(files, tmp_path, monkeypa
     train("gmpo", resume=True, **changes)
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     assert [event.step for event in events.Scalars("time/steps_per_s")] == list(range(1, 13))
+
+
+def test_a_critic_of_another_network_is_refused(files):
+    flags = ["--env", files / "own.hdf5", "--critic", files / "critic", "--preset", "head", *tiny_flags("idql")]
+    code, _, err = command("idql", *flags)
+    assert refused(code, err, "is another network")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -431,7 +457,8 @@ BAD = {  # flags -> what the sentence must say
     "--env bandit --target-rate 1.1": "--target-rate 1.1",
     "--env bandit --linex-max 0": "--linex-max 0",
     "--env bandit --critic {files}/nothing": "nothing does not exist",
-    "--env bandit --critic {files}/critic": "own.hdf5, not of bandit",
+    "--env bandit --critic {files}/critic": "own.hdf5, not bandit; give the same",
+    "--env {files}/own.hdf5 --critic {files}/critic --expectile 0.6": "with --expectile 0.7, not 0.6; give",
     "--env {files}/own.hdf5 --critic {files}/damaged.pt": "damaged.pt is not a whole checkpoint",
     "--env {files}/own.hdf5 --critic {files}/foreign.pt": "foreign.pt",
 }

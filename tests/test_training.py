@@ -290,7 +290,7 @@ def test_fast_products_that_are_not_exact_are_refused(default_products, monkeypa
     monkeypatch.setattr(training, "MATMUL_ERROR", 1e-9)
     training.set_matmul(args_of("gmpo", fast_matmul=True))
     assert torch.get_float32_matmul_precision() == "highest"
-    assert "no fast products, the run goes on without: their relative error here is " in capsys.readouterr().out
+    assert "--fast-matmul is ignored: the relative error of such products is " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, phase", [("iql_critic", "critic"), ("gmpo", "policy"), ("idql", "policy")])
