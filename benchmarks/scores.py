@@ -51,7 +51,7 @@ ROLLED_BUDGETS = {
     "clone": "--policy-steps 15000 --policy-lr 1e-3 --eval-every 5000",
     "gmpo": "--policy-steps 15000 --policy-lr 1e-3 --eval-every 5000",
     "gmpg": "--behaviour-steps 15000 --behaviour-lr 1e-3 --policy-steps 100 --eval-every 50 --log-every 20",
-    "idql": "--policy-steps 4000 --eval-every 2000 --ema-rate 0.005",
+    "idql": "--policy-steps 3000 --eval-every 1500 --ema-rate 0.005",
 }
 BUDGETS = {
     ("bandit", "gmpg"): "--policy-steps 120 --eval-every 30 --log-every 20",
@@ -77,8 +77,10 @@ class Row:
 def rows(name: str) -> list[Row]:
     """The rows of the set `name`. Rows of D4RL's sets share no critic: each has its paper's own."""
     critic = None if name in D4RL else "iql"
-    trained = "implicit" if name == "bandit" else "argmax"  # IDQL is trained once and scored with three extractions
+    trained = "implicit" if name in ("bandit", *ROLLED) else "argmax"  # IDQL is trained once, scored with three
     paths, extractions = ("vp", "gvp", "icfm"), ("argmax", "implicit", "softmax")
+    if name in ROLLED:  # own data, with own data's defaults
+        paths, extractions = ("gvp",), ("implicit",)
     table = [
         Row("iql", "iql_critic.py"),
         Row("clone", "gmpo.py", "--beta 0 --critic-steps 0"),
