@@ -143,7 +143,9 @@ PAPER = {
     # Not from the paper: budgets of minutes, chosen by trying.
     "halfcheetah-demo": dict(critic_steps=15_000, policy_steps=15_000, beta=1.0, normalize_obs=True, eval_every=5_000),
     "bandit": dict(critic_lr=1e-3, critic_steps=1_500, policy_steps=1_500, policy_lr=1e-3, beta=2.0, eval_every=500),
-    "own file": dict(critic_steps=100_000, policy_steps=100_000, normalize_obs=True, eval_every=10_000),
+    "own file": dict(
+        critic_steps=100_000, policy_steps=100_000, beta=0.3, normalize_obs=True, eval_every=10_000,
+    ),
 }  # fmt: skip
 
 

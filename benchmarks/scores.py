@@ -1,7 +1,7 @@
 """README's score tables and pictures: run what is missing of a list, gather the results, write tables and pictures.
 
-    python benchmarks/scores.py                    bandit and halfcheetah-demo, three seeds; an estimated hour
-    python benchmarks/scores.py --rolled FOLDER    the two rolled sets in FOLDER as well
+    python benchmarks/scores.py                    bandit and halfcheetah-demo, three seeds; 47 minutes
+    python benchmarks/scores.py --rolled FOLDER    as well two sets that are described below, from FOLDER
     python benchmarks/scores.py --sets d4rl        those of D4RL's nine locomotion sets whose file is there; days
     python benchmarks/scores.py --ray              on a Ray cluster whose machines share this folder
     python benchmarks/scores.py --tables-only      from the results in benchmarks/results, without a run
@@ -318,7 +318,8 @@ def gather(jobs: list[Job], args: Args) -> None:
 
 INTRO = """Made by `python benchmarks/scores.py`: mean of the last scores ± standard deviation over seeds; mean of each
 seed's best score; interquartile mean (of three seeds: the mean) with the 95 % interval of a stratified bootstrap;
-gradient steps and minutes of a run, without the critic's where that is the one of IQL's row."""
+gradient steps and minutes of a run (one thread, another run beside it), without the critic's where that is the one of
+IQL's row."""
 NOTES = {
     DEMOS: """`bandit`: 100 (1 - total variation) to each method's own closed form, for cloning the behaviour; IQL's is
 that of the policy its critic implies, Eq. (11), not of its Gaussian, which is in the picture. `halfcheetah-demo`: 100

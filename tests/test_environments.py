@@ -9,7 +9,7 @@ import mujoco
 import numpy as np
 import pytest
 
-from common import UserError
+from common import UserError, environments
 from common.environments import (
     ADROIT,
     ENVIRONMENTS,
@@ -251,3 +251,11 @@ def test_score():
     assert normalized_score(3484.0, "halfcheetah-demo") == pytest.approx(100)
     assert normalized_score(3281.0, "hopper") == pytest.approx(101.4349, abs=1e-3)
     assert normalized_score(-200.0, "Pendulum-v1") is None
+
+
+@pytest.mark.parametrize("env", ["hopper-mine.hdf5", "data/hopper-mine.hdf5", "hopper-medium-v2.h5"])
+def test_a_files_name_chooses_no_environment(env, capsys):
+    assert environments.evaluation_env(env, None) is None
+    assert "--eval-env names one" in capsys.readouterr().out
+    assert environments.evaluation_env(env, "hopper") == "hopper"
+    assert environments.evaluation_env(env.split(".")[0].split("/")[-1], None) == "hopper"
