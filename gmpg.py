@@ -184,7 +184,7 @@ PAPER = {
     ),
     "own file": dict(
         critic_steps=100_000, behaviour_steps=100_000, behaviour_lr=3e-4, policy_steps=1_000, policy_lr=1e-4,
-        batch_size=256, policy_batch_size=256, beta=4.0, normalize_obs=True, eval_every=100,
+        batch_size=256, policy_batch_size=256, beta=0.3, normalize_obs=True, eval_every=100,
     ),
 }  # fmt: skip
 
