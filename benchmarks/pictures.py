@@ -18,7 +18,7 @@ from tables import interval, iqm, last_scores  # noqa: E402
 
 COUNT = 600  # samples of each policy
 LINES = 96  # trajectories of each path
-STEPS, CANDIDATES = (2, 4, 8, 16, 32), (1, 2, 4, 8, 16)  # the x axes; the demo's runs themselves have 16 and 8
+STEPS, CANDIDATES = (2, 5, 10, 20, 40), (1, 2, 4, 8, 16)  # the x axes; the demo's runs themselves have 10 and 8
 GROUPS = {"IQL, cloning": ("iql", "clone"), "GMPO": ("gmpo",), "GMPG": ("gmpg",), "IDQL": ("idql",)}
 PATHS = {"vp": "variance-preserving", "gvp": "trigonometric", "icfm": "straight"}
 
@@ -185,7 +185,7 @@ def curves(rows: dict, name: str) -> Figure | None:
 def by_steps(rows: dict) -> Figure | None:
     found = {}
     for path in PATHS:
-        names = {n: f"gmpo-{path}" + f"-steps{n}" * (n != 16) for n in STEPS}
+        names = {n: f"gmpo-{path}" + f"-steps{n}" * (n != 10) for n in STEPS}
         found[path] = {n: last_scores(rows[row]) for n, row in names.items() if rows.get(row)}
     return one_axis(found, "sampler steps")
 

@@ -92,7 +92,7 @@ def rows(name: str) -> list[Row]:
     ]  # fmt: skip
     if name == "halfcheetah-demo":
         table += [Row(f"gmpo-{path}-steps{n}", "gmpo.py", f"--path {path} --sampler-steps {n} --eval-only",
-                      f"gmpo-{path}", in_table=False) for path in paths for n in (2, 4, 8, 32)]  # fmt: skip
+                      f"gmpo-{path}", in_table=False) for path in paths for n in (2, 5, 20, 40)]  # fmt: skip
         table += [Row(f"idql-argmax-candidates{n}", "idql.py", f"--extraction argmax --candidates {n} --eval-only",
                       "idql-argmax", in_table=False) for n in (1, 2, 4, 16)]  # fmt: skip
     return table

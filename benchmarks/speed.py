@@ -55,7 +55,7 @@ class Args:
     """of each turn"""
     policy: Path | None = None
     """a run of gmpo.py, for `--what acting`"""
-    sampler_steps: tuple[int, ...] = (16, 10)
+    sampler_steps: tuple[int, ...] = (10,)
     """of the sampler, for `--what acting`, against 31"""
     device: str = "cpu"
     """where"""

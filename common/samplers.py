@@ -88,8 +88,11 @@ def ode(velocity: Model, x: torch.Tensor, steps: int, method: str = "euler", pow
 
 
 def noise_nodes(schedule: Schedule, steps: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """t, alpha and sigma on the uniform grid from NOISE_START to 0: three of (steps + 1,)."""
-    t = NOISE_START * time_grid(steps, x)
+    """t, alpha and sigma at t = NOISE_START (k / steps)^2, dense at the action: three of (steps + 1,).
+
+    A step in t is the longer for x the nearer it is to the action: ten even ones make a narrow mode half as wide.
+    """
+    t = NOISE_START * time_grid(steps, x, power=2.0)
     return t, *schedule(t)
 
 
@@ -122,7 +125,7 @@ def sde(noise_prediction: Model, schedule: Schedule, x: torch.Tensor, z: torch.T
 
 
 def dpm_solver_pp(noise_prediction: Model, schedule: Schedule, x: torch.Tensor, steps: int) -> torch.Tensor:
-    """DPM-Solver++(2M): Lu et al. 2022 (arXiv 2211.01095), Algorithm 2, on a grid uniform in t: (..., A) -> (..., A).
+    """DPM-Solver++(2M): Lu et al. 2022 (arXiv 2211.01095), Algorithm 2, on the nodes above: (..., A) -> (..., A).
 
     DDIM with the action estimate extrapolated along lambda = log(alpha / sigma), which makes it second order. The first
     step has nothing to extrapolate from and the last one goes to lambda = infinity: these two are plain DDIM steps.

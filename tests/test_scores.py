@@ -101,13 +101,13 @@ def test_a_job_comes_once_and_after_the_one_it_waits_for(all_jobs):
 
 def test_the_pictures_find_their_rows():
     names = {row.name for row in scores.rows("halfcheetah-demo")}
-    points = {f"gmpo-{path}-steps{n}" for path in ("vp", "gvp", "icfm") for n in scores.pictures.STEPS if n != 16}
+    points = {f"gmpo-{path}-steps{n}" for path in ("vp", "gvp", "icfm") for n in scores.pictures.STEPS if n != 10}
     points |= {f"idql-argmax-candidates{n}" for n in scores.pictures.CANDIDATES if n != 8}
     assert names - {row.name for row in scores.rows("hopper-medium-v2")} == points
     import gmpo
     import idql
 
-    assert gmpo.PAPER["*"]["sampler_steps"] == 16 and "sampler_steps" not in gmpo.PAPER["halfcheetah-demo"]
+    assert gmpo.PAPER["*"]["sampler_steps"] == 10 and "sampler_steps" not in gmpo.PAPER["halfcheetah-demo"]
     assert "--candidates 8" in scores.BUDGETS["halfcheetah-demo", "idql"] and idql.Args().candidates is None
 
 
