@@ -113,7 +113,7 @@ class Args:
     network: Literal["mlp", "paper"] = "mlp"
     """mlp: the state beside the noisy action; paper: the reference's U-shaped net, the state through 32 numbers"""
     solver: Literal["ddim", "dpmpp", "euler", "midpoint", "rk4", "sde"] = "dpmpp"
-    """how Eq. (6) is integrated; dpmpp is DPM-Solver++(2M)"""
+    """how Eq. (6) is integrated; dpmpp is DPM-Solver++(2M), the others need more steps than its 10"""
     sampler_steps: int | None = None
     """steps of the solver; None: as PAPER says"""
     actions: Literal["data", "static", "resampled"] = "data"

@@ -80,7 +80,7 @@ def main(train: Callable, args_type: type) -> None:
         print(f"error: {failure}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted; the same command with --resume goes on from the last checkpoint, if any", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -143,18 +143,13 @@ def dpm_solver_pp(noise_prediction: Model, schedule: Schedule, x: torch.Tensor, 
 
 
 def ddpm(
-    noise_prediction: Model,
-    betas: torch.Tensor,
-    x: torch.Tensor,
-    z: torch.Tensor,
-    clip: bool = True,
-    temperature: float = 1.0,
+    noise_prediction: Model, betas: torch.Tensor, x: torch.Tensor, z: torch.Tensor, clip: bool = True
 ) -> torch.Tensor:
     """Ancestral sampling in discrete time: Ho et al. 2020 (arXiv 2006.11239), Algorithm 2: (..., A) -> (..., A).
 
     `betas` is (T,), and the model gets t = T-1, ..., 0 unscaled. `z`, (T, ..., A), is standard normal: z_t is scaled by
-    sqrt(beta_t) times `temperature`, z_0 is not used. `clip` keeps x itself, noise included, in [-1, 1] after every
-    step, as in IDQL (arXiv 2304.10573).
+    sqrt(beta_t), z_0 is not used. `clip` keeps x itself, noise included, in [-1, 1] after every step, as in IDQL
+    (arXiv 2304.10573).
     """
     betas = betas.to(x)
     alpha_bars = (1 - betas).cumprod(0)
@@ -162,7 +157,7 @@ def ddpm(
         eps = noise_prediction(x, torch.full((), i, device=x.device, dtype=x.dtype))
         x = (x - betas[i] / (1 - alpha_bars[i]).sqrt() * eps) / (1 - betas[i]).sqrt()
         if i > 0:
-            x = x + temperature * betas[i].sqrt() * z[i]
+            x = x + betas[i].sqrt() * z[i]
         if clip:
             x = x.clamp(-1.0, 1.0)
     return x

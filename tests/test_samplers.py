@@ -304,7 +304,7 @@ def test_ddpm_without_noise():
         times.append(t)
         return 0 * x
 
-    y = samplers.ddpm(zero, BETAS, x, steps_of(x, 5), clip=False, temperature=0.0)
+    y = samplers.ddpm(zero, BETAS, x, 0 * steps_of(x, 5), clip=False)
     torch.testing.assert_close(y, x / (1 - BETAS).prod().sqrt(), rtol=1e-12, atol=0)
     assert [t.item() for t in times] == [4, 3, 2, 1, 0]
     assert all(t.shape == () and t.dtype == x.dtype for t in times)
@@ -318,22 +318,21 @@ def test_ddpm_mean_uses_the_noise_prediction():
     torch.testing.assert_close(samplers.ddpm(noise, BETAS[:1], x, steps_of(x, 1), clip=False), MEAN.expand_as(x))
     one = (x - BETAS[1] * (x - abar[1].sqrt() * MEAN) / (1 - abar[1])) / (1 - BETAS[1]).sqrt()
     two = (one - BETAS[0] * (one - abar[0].sqrt() * MEAN) / (1 - abar[0])) / (1 - BETAS[0]).sqrt()
-    found = samplers.ddpm(noise, BETAS[:2], x, steps_of(x, 2), clip=False, temperature=0.0)
+    found = samplers.ddpm(noise, BETAS[:2], x, 0 * steps_of(x, 2), clip=False)
     torch.testing.assert_close(found, two)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_ddpm_noise_scale_is_sqrt_beta(temperature):
+def test_ddpm_noise_scale_is_sqrt_beta():
     """A zero prediction from x = 0: the variance is the sum of beta_t over the later alphas, none at t = 0."""
     x = torch.zeros(200_000, 1, dtype=DTYPE)
     z = steps_of(x, 5)
-    y = samplers.ddpm(lambda x, t: 0 * x, BETAS, x, z, clip=False, temperature=temperature)
+    y = samplers.ddpm(lambda x, t: 0 * x, BETAS, x, z, clip=False)
     variance = sum(BETAS[i] / (1 - BETAS[:i]).prod() for i in range(1, 5))
-    assert y.std().item() == pytest.approx(temperature * variance.sqrt().item(), rel=0.01)
+    assert y.std().item() == pytest.approx(variance.sqrt().item(), rel=0.01)
     seen = []
-    samplers.ddpm(lambda x, t: seen.append(x) or 0 * x, BETAS, x, z, clip=False, temperature=temperature)
-    assert seen[1].std().item() == pytest.approx(temperature * BETAS[4].sqrt().item(), rel=0.01)
-    torch.testing.assert_close(seen[1], temperature * BETAS[4].sqrt() * z[4])
+    samplers.ddpm(lambda x, t: seen.append(x) or 0 * x, BETAS, x, z, clip=False)
+    assert seen[1].std().item() == pytest.approx(BETAS[4].sqrt().item(), rel=0.01)
+    torch.testing.assert_close(seen[1], BETAS[4].sqrt() * z[4])
 
 
 def test_ddpm_clips_every_step():
