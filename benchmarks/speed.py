@@ -9,7 +9,8 @@
 The usual way (`usual`): five numpy arrays indexed at every step, three torch optimizers, weights computed in the loop,
 a Python loop for the target network, `.item()` for the log: so do most public implementations. Ways alternate round by
 round in one process; medians of the rounds, and the median of the paired ratios to the first way. `jax` is measured if
-it is installed. The sizes are HalfCheetah's (17, 6), the data random. Nothing here was measured on a GPU yet.
+it is installed. `the products alone` is what no float32 way can go below: the update's multiplications at the rate of
+one large product. The sizes are HalfCheetah's (17, 6), the data random. Nothing here was measured on a GPU yet.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ import scipy.stats
 import torch
 import tyro
 from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import gmpo
@@ -159,12 +161,21 @@ def usual(data: datasets.Dataset, batch_size: int, width: int = 256) -> Callable
     return run
 
 
+def products(update: Callable[[int], None], device: str, size: int = 1024) -> tuple[Callable[[int], None], float]:
+    """The floor of `update`: the arithmetic of its products as one large product does it, and how many updates' worth
+    one is."""
+    with FlopCounterMode(display=False) as counter:
+        update(0)
+    x, out = torch.randn(size, size, device=device), torch.empty(size, size, device=device)
+    return lambda step: torch.mm(x, x, out=out), 2 * size**3 / counter.get_total_flops()
+
+
 def wait(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
 
 
-def alternate(ways: dict[str, tuple[Callable[[int], None], int]], args: Args) -> dict[str, dict]:
+def alternate(ways: dict[str, tuple[Callable[[int], None], float]], args: Args) -> dict[str, dict]:
     """Every way's milliseconds an update and seed, and how many times as fast as the first way it is."""
     counts, steps, times = {}, dict.fromkeys(ways, 0), {name: [] for name in ways}
 
@@ -216,6 +227,8 @@ def update_ways(args: Args, batch_size: int, width: int) -> dict:
         for name, k in {"": {}, "--compile ": {"compile": True}}.items():
             ways[f"{name}--cudagraph"] = (ours(cudagraph=True, **k), 1)
             ways[f"--num-seeds {s} {name}--cudagraph"] = (ours(cudagraph=True, num_seeds=s, **k), s)
+    if args.what == "update":
+        ways["the products alone, as one large one"] = products(ours(), args.device)
     try:
         import speed_jax
     except ImportError:
