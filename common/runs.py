@@ -449,7 +449,8 @@ def numpy_or_torch(act: Callable, device: str | torch.device) -> Callable:
 
 def _origin() -> dict:
     """Where a result comes from: command, versions, commit."""
-    packages = ("torch", "numpy", "gymnasium", "mujoco", "h5py")
+    packages = ("numpy", "gymnasium", "mujoco", "h5py")
+    versions = {"python": platform.python_version(), "torch": torch.__version__}  # torch's own tells CPU from CUDA
     git = ["git", "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
@@ -457,6 +458,6 @@ def _origin() -> dict:
         commit = ""
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": versions | {name: version(name) for name in packages},
         "commit": commit or None,
     }

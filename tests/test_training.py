@@ -218,6 +218,7 @@ PHASES += [
 ]
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="compiles with torch 2.13 and newer")
 @pytest.mark.parametrize("name, phase, changes", PHASES, ids=lambda x: x if isinstance(x, str) else str([*x.values()]))
 def test_a_compiled_update_is_the_eager_one(name, phase, changes, capsys):
     found, metrics = [], []
@@ -236,6 +237,7 @@ def test_a_compiled_update_is_the_eager_one(name, phase, changes, capsys):
     assert (found[0] - fresh).abs().max() > 3e-4
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="compiles with torch 2.13 and newer")
 def test_two_updates_of_the_same_source_are_compiled_apart():
     def times(factor):
         return Update(lambda x: {"y": factor * x}, args_of("gmpo", compile=True))
@@ -247,6 +249,7 @@ def test_two_updates_of_the_same_source_are_compiled_apart():
         one(x=torch.ones(4))
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="compiles with torch 2.13 and newer")
 @pytest.mark.parametrize("name", ["gmpo", "idql"])
 def test_a_compiled_run_resumes_where_it_would_have_been(name, tmp_path):
     changes = dict(compile=True, lr_decay=False)
