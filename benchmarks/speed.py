@@ -190,8 +190,8 @@ def alternate(ways: dict[str, tuple[Callable[[int], None], float]], args: Args) 
 
     for name in ways:
         print(f"  warming up {name} ...", end="\r", file=sys.stderr)
-        turn(name, 20)
-        counts[name] = max(2, int(args.seconds * 1000 / (turn(name, 5) * ways[name][1])))
+        turn(name, 5)  # the first compiles, the fourth captures
+        counts[name] = max(1, int(args.seconds * 1000 / (turn(name, 2) * ways[name][1])))
     for _ in range(args.rounds):
         for name in ways:
             times[name].append(turn(name, counts[name]))
@@ -312,19 +312,23 @@ def main(args: Args) -> None:
         versions += f", {torch.cuda.get_device_name(args.device)}"
     print(f"{versions}, {args.rounds} rounds")
     found = {}
+
+    def measure(title: str, ways: dict) -> None:
+        found[title] = alternate(ways, args)
+        table(title, found[title])
+
     if args.what in ("update", "host"):
         batch_size, width = (2, 8) if args.what == "host" else (args.batch_size, 256)
         title = f"GMPO's critic and policy update, a seed, batch {batch_size}, width {width}"
-        found[title] = alternate(update_ways(args, batch_size, width), args)
+        measure(title, update_ways(args, batch_size, width))
     elif args.what == "phases":
-        found = {f"{name}, batch {args.batch_size}": alternate(ways, args) for name, ways in phase_ways(args).items()}
+        for name, ways in phase_ways(args).items():
+            measure(f"{name}, batch {args.batch_size}", ways)
     else:
         if args.policy is None:
             raise SystemExit("error: --what acting needs --policy, a run of gmpo.py")
-        found["a step of one episode"] = alternate(acting(args), args)
+        measure("a step of one episode", acting(args))
         compare_scores(args)
-    for title, rows in found.items():
-        table(title, rows)
     compiled = counters["frames"]
     assert compiled["total"] == compiled["ok"] and not counters["graph_break"], "a compiled way was not compiled"
     if args.output:
