@@ -48,15 +48,15 @@ def bandit_samples(runs: dict[str, Path]) -> dict[str, np.ndarray]:
     from common.runs import load_checkpoint
 
     torch.manual_seed(0)
-    obs, data = torch.zeros(COUNT, 1), bandit.load()
+    obs, data = torch.zeros(COUNT, 1), bandit.make_data()[1]
     std = load_checkpoint(runs["iql"])["policy"]["log_std"].clamp(-5, 2).exp()  # load_policy acts by the mean
-    mode = torch.cdist(data.action, bandit.MODES).argmin(-1)
+    mode = torch.cdist(data, bandit.MODES).argmin(-1)
     weight = torch.softmax(gmpo.PAPER["bandit"]["beta"] * bandit.REWARDS, -1)[mode]
     files = {"GMPO": (gmpo, "gmpo-gvp"), "GMPG": (gmpg, "gmpg-gvp"), "IDQL": (idql, "idql-implicit")}
     gaussian = iql_critic.load_policy(runs["iql"])(obs) + std * torch.randn(COUNT, 2)
     policies = {name: file.load_policy(runs[row])(obs) for name, (file, row) in files.items()}
-    again = data.action[torch.multinomial(weight, COUNT, replacement=True)]
-    return {"data": data.action[:COUNT], "IQL's Gaussian": gaussian, **policies, "closed form": again}
+    again = data[torch.multinomial(weight, COUNT, replacement=True)]
+    return {"data": data[:COUNT], "IQL's Gaussian": gaussian, **policies, "closed form": again}
 
 
 def trajectories(run: Path) -> np.ndarray:

@@ -9,6 +9,7 @@ import csv
 import difflib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +17,10 @@ import h5py
 import numpy as np
 import pooch
 import torch
-from gymnasium.spaces import Box
 from torch import Tensor
 
-from common import UserError
+from common import UserError, bandit, demo
+from common.environments import MINARI, minari_dataset, minari_download
 
 # key -> number of dimensions; only timeouts may be missing
 RANKS = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1, "timeouts": 1}
@@ -29,7 +30,8 @@ UNSCALED = ("pen", "hammer", "door", "relocate", "adroit", "kitchen", "maze2d")
 STEP_LIMITS = {"maze2d-open": 150, "maze2d-umaze": 300, "maze2d-medium": 600, "maze2d-large": 800, "antmaze-umaze": 700}
 STEP_LIMITS |= {"pen": 100, "hammer": 200, "door": 200, "relocate": 200, "kitchen": 280}
 CHUNK = 16384  # rows copied at a time
-MINARI = "minari:"  # before the name of a dataset of the optional package minari
+MADE_HERE = {demo.NAME: lambda path: demo.generate(path)}  # name -> what writes the file at first use
+WRITABLE = "make room there, or choose another folder by $D4RL_DATASET_DIR"
 
 
 class Task(NamedTuple):
@@ -56,9 +58,13 @@ class Dataset:
     The attributes obs, action, reward, next_obs and done are views of `rows`, shapes as in Batch.
     """
 
-    def __init__(self, obs, action, reward, next_obs, done, device="cpu", keep=None):
-        """Arrays or tensors of M rows, shapes as in Batch, of any type; `keep` (M,) is True in the rows to take."""
-        self.obs_dim, self.action_dim = obs.shape[1], action.shape[1]
+    def __init__(self, obs, action, reward, next_obs, done, device="cpu", keep=None, facts=None):
+        """Arrays or tensors of M rows, shapes as in Batch, of any type; `keep` (M,) is True in the rows to take.
+
+        `facts` is what a run stores: source, bytes and sha256 of its file, episodes, their unscaled returns (min, mean,
+        max), reward_rule.
+        """
+        self.obs_dim, self.action_dim, self.facts = obs.shape[1], action.shape[1], facts or {}
         columns = [torch.as_tensor(x, device="cpu") for x in (obs, action, next_obs, reward[:, None], done[:, None])]
         index = torch.arange(len(obs)) if keep is None else torch.as_tensor(keep).nonzero()[:, 0]
         rows = torch.empty(len(index), 2 * self.obs_dim + self.action_dim + 2)
@@ -76,11 +82,30 @@ class Dataset:
         return len(self.rows)
 
     def __getitem__(self, index: Tensor) -> Batch:
-        """The transitions at `index` (B,) or (S, B), a LongTensor on the dataset's device: B, or S times B of them."""
-        return self._split(self.rows.index_select(0, index.flatten()).view(*index.shape, -1))
+        """The transitions at `index`, a LongTensor (B,) on the dataset's device."""
+        return self._split(self.rows.index_select(0, index))
+
+    def sample(self, batch_size: int) -> Batch:
+        """`batch_size` transitions, drawn with replacement from the default generator of the dataset's device."""
+        return self[torch.randint(len(self), (batch_size,), device=self.rows.device)]
+
+    def describe(self) -> list[str]:
+        """What a run begins with."""
+        low, mean, high = self.facts["returns"]
+        return [
+            f"data: {self.facts['source']}, {len(self):,} transitions in {self.facts['episodes']:,} episodes, "
+            f"observations of {self.obs_dim} numbers, actions of {self.action_dim}",
+            f"returns of its episodes: {low:.5g} to {high:.5g}, mean {mean:.5g}; rewards {self.facts['reward_rule']}",
+        ]
 
 
-def load(name_or_path: str, device="cpu", eval_env: str | None = None, allow_unverified: bool = False) -> Dataset:
+def load(
+    name_or_path: str,
+    device="cpu",
+    eval_env: str | None = None,
+    allow_unverified: bool = False,
+    reward_scale: float | None = None,
+) -> Dataset:
     """The transitions of bandit, halfcheetah-demo, a D4RL task, minari:NAME, or an HDF5 file with the keys of RANKS.
 
     The reward rule (see `transitions`) follows the task's name; for an own file it follows `eval_env` if that begins
@@ -89,17 +114,21 @@ def load(name_or_path: str, device="cpu", eval_env: str | None = None, allow_unv
     actions beyond +-1.01, which is more than rounding, is refused (D4RL's files are only clipped, as in the reference
     code, and so is Minari's data, in the bounds it states). Raises UserError for an unknown name, a failed download, a
     wrong checksum (`allow_unverified` takes a file already in place all the same), a damaged file, unusable data.
+    `reward_scale` takes the place of the rule: rewards are multiplied by it; 1 leaves them as they are.
     """
-    if name_or_path in ("bandit", "halfcheetah-demo"):  # made here; both modules build on this one
-        from common import bandit, demo
-
-        return {"bandit": bandit, "halfcheetah-demo": demo}[name_or_path].load(device)
     tasks = _tasks()
+    if name_or_path == "bandit":
+        data = bandit.make_data()
+        return Dataset(*data, device, facts=_facts("bandit", data[2].numpy(), "as they are"))
+    if name_or_path in MADE_HERE:
+        path = _made(MADE_HERE[name_or_path], cache_folder() / f"{name_or_path}.hdf5")
+        return transitions(read_hdf5(path), name_or_path, device, path, reward_scale)
     if name_or_path in tasks:
         path = _task_file(name_or_path, tasks[name_or_path], allow_unverified)
-        return transitions(read_hdf5(path), name_or_path, device, path)
+        return transitions(read_hdf5(path), name_or_path, device, path, reward_scale)
     if name_or_path.startswith(MINARI):
-        return transitions(read_minari(name_or_path), _minari_task(eval_env or name_or_path), device, name_or_path)
+        task = _minari_task(eval_env or name_or_path)
+        return transitions(read_minari(name_or_path), task, device, name_or_path, reward_scale)
     path = Path(name_or_path).expanduser()
     if not path.exists():
         raise UserError(_unknown(name_or_path, tasks))
@@ -107,7 +136,7 @@ def load(name_or_path: str, device="cpu", eval_env: str | None = None, allow_unv
     highest = max(raw["actions"].max(), -raw["actions"].min())
     if highest > 1.01:
         raise UserError(f"{path}: actions reach {highest:.4g}; rescale them to [-1, 1] by the environment's bounds")
-    return transitions(raw, _minari_task(eval_env or ""), device, path)
+    return transitions(raw, _minari_task(eval_env or ""), device, path, reward_scale)
 
 
 def check_sizes(dataset: Dataset, env) -> None:
@@ -170,31 +199,6 @@ def _read(path: str | Path, key: str, data: h5py.Dataset) -> np.ndarray:
     return array != 0 if key in ("terminals", "timeouts") else array
 
 
-def minari_dataset(name: str):
-    """The minari.MinariDataset of `minari:NAME`, from Minari's folder ($MINARI_DATASETS_PATH, else ~/.minari/datasets).
-
-    Only its metadata is read. Raises UserError if the package or the dataset is missing, if minari can't read it, and
-    for observations or actions that are no vectors, or actions without bounds.
-    """
-    try:
-        import minari
-    except ImportError:
-        raise UserError(f'{name} needs an optional package: pip install "minari[hf]==0.5.4"') from None
-    try:
-        dataset = minari.load_dataset(name.removeprefix(MINARI))
-    except FileNotFoundError:
-        raise UserError(f"{name} is not on this machine; get it by: {_minari_download(name)}") from None
-    except Exception as error:  # whatever a damaged or foreign folder makes minari and gymnasium raise
-        raise UserError(
-            f"{name} can't be read ({error}); mend that or get it again by: {_minari_download(name)}"
-        ) from None
-    obs, action = dataset.observation_space, dataset.action_space
-    flat = all(isinstance(space, Box) and len(space.shape) == 1 for space in (obs, action))
-    if not (flat and action.is_bounded()):
-        raise UserError(f"{name} has observations {obs} and actions {action}: both must be vectors, actions bounded")
-    return dataset
-
-
 def read_minari(name: str) -> dict[str, np.ndarray]:
     """The episodes of `minari:NAME` one after the other, in the layout of `read_hdf5`; actions rescaled to [-1, 1].
 
@@ -222,12 +226,8 @@ def read_minari(name: str) -> dict[str, np.ndarray]:
                 if not np.isfinite(raw[key][start:end]).all():
                     raise UserError(f"{name}: {key} is NaN or infinite in episode {episode.id}; remove that episode")
     except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:  # h5py's and numpy's
-        raise UserError(f"{name} is damaged ({error}); get it again by: {_minari_download(name)}") from None
+        raise UserError(f"{name} is damaged ({error}); get it again by: {minari_download(name)}") from None
     return raw
-
-
-def _minari_download(name: str) -> str:
-    return f"minari download {name.removeprefix(MINARI)}"
 
 
 def _minari_task(name: str) -> str:
@@ -235,14 +235,21 @@ def _minari_task(name: str) -> str:
     return name.removeprefix(MINARI).removeprefix("D4RL/").replace("/", "-") if name.startswith(MINARI) else name
 
 
-def transitions(raw: dict[str, np.ndarray], name: str = "", device="cpu", source: str | Path = "the data") -> Dataset:
+def transitions(
+    raw: dict[str, np.ndarray],
+    name: str = "",
+    device="cpu",
+    source: str | Path = "the data",
+    reward_scale: float | None = None,
+) -> Dataset:
     """The rule of D4RL's `qlearning_dataset` on the arrays of `read_hdf5`.
 
     `name` is a task or family of D4RL's, `source` is for messages. next_obs is the next row's observation; a row with a
     timeout is dropped, and the last row; terminal rows stay, with done = 1. Without the key timeouts an episode ends
     STEP_LIMITS steps after the last terminal or timeout (after a terminal D4RL counts one too few: not copied).
     Rewards: antmaze r - 1; UNSCALED as they are; all others (locomotion) times 1000 / (max - min return), of the
-    episodes as cut here, so that 1000 steps up to a timeout count 999. Raises UserError if no transition is left.
+    episodes as cut here, so that 1000 steps up to a timeout count 999; `reward_scale`, if given, is the factor instead.
+    Raises UserError if no transition is left.
     """
     obs, terminals = raw["observations"], raw["terminals"]
     timeouts = raw.get("timeouts")
@@ -253,14 +260,22 @@ def transitions(raw: dict[str, np.ndarray], name: str = "", device="cpu", source
     keep = ~timeouts[:-1]
     if not keep.any():
         raise UserError(f"{source}: every row is a timeout, so that no transition is left; mend its timeouts")
-    reward, family = raw["rewards"][:-1], name.split("-")[0]
-    if family == "antmaze":
-        reward = reward - 1
-    elif family not in UNSCALED:
-        reward = reward * _reward_scale(reward, (terminals | timeouts)[:-1], keep)
-    dataset = Dataset(obs[:-1], raw["actions"][:-1], reward, obs[1:], terminals[:-1], device, keep)
+    reward = raw["rewards"][:-1]
+    returns = _returns(reward, (terminals | timeouts)[:-1], keep)
+    reward, rule = _scaled(reward, returns, name.split("-")[0], reward_scale)
+    facts = _facts(source, returns, rule)
+    dataset = Dataset(obs[:-1], raw["actions"][:-1], reward, obs[1:], terminals[:-1], device, keep, facts)
     dataset.action.clamp_(-ACTION_LIMIT, ACTION_LIMIT)  # in place: a clipped copy of the raw actions would cost memory
     return dataset
+
+
+def _facts(source: str | Path, returns: np.ndarray, rule: str) -> dict:
+    path = Path(source)
+    facts = {"source": str(source), "bytes": None, "sha256": None}
+    if path.is_file():
+        facts |= {"bytes": path.stat().st_size, "sha256": pooch.file_hash(str(path))}
+    spread = [float(f(returns)) for f in (np.min, np.mean, np.max)]
+    return facts | {"episodes": len(returns), "returns": spread, "reward_rule": rule}
 
 
 def _timeouts_by_limit(terminals: np.ndarray, limit: int) -> np.ndarray:
@@ -271,20 +286,47 @@ def _timeouts_by_limit(terminals: np.ndarray, limit: int) -> np.ndarray:
     return (row - start) % limit == limit - 1
 
 
-def _reward_scale(reward: np.ndarray, last: np.ndarray, keep: np.ndarray) -> np.float32:
-    """1000 / (max - min) of the episodes' sums of kept rewards, 1 if all are equal; `last` (N,) marks their ends."""
+def _returns(reward: np.ndarray, last: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Each episode's sum of kept rewards, float64; `last` (N,) marks their ends. One without a kept row has none."""
     episode = (np.cumsum(last) - last)[keep]
-    first = np.flatnonzero(np.diff(episode, prepend=-1))  # row of each episode; one without a kept row has no return
-    returns = np.add.reduceat(reward[keep].astype(np.float64), first)
+    return np.add.reduceat(reward[keep].astype(np.float64), np.flatnonzero(np.diff(episode, prepend=-1)))
+
+
+def _scaled(reward: np.ndarray, returns: np.ndarray, family: str, scale: float | None) -> tuple[np.ndarray, str]:
+    """The rewards by the rule of `family`, or times `scale`, and the rule in words."""
+    if scale is not None:
+        return reward * np.float32(scale), f"times {scale:g} (--reward-scale)"
+    if family == "antmaze":
+        return reward - 1, "minus 1 (antmaze's rule)"
+    if family in UNSCALED:
+        return reward, f"as they are ({family}'s rule)"
     spread = returns.max() - returns.min()
-    equal = spread <= 1e-6 * np.abs(returns).max()  # float32's rounding is no spread
-    return np.float32(1 if equal else 1000 / spread)
+    if spread <= 1e-6 * np.abs(returns).max():  # float32's rounding is no spread
+        return reward, "as they are (all returns are equal)"
+    return reward * np.float32(1000 / spread), f"times 1000 / {spread:.6g}, the returns' spread (locomotion's rule)"
 
 
 def _tasks() -> dict[str, Task]:
     with open(Path(__file__).with_name("d4rl_tasks.tsv")) as file:
         lines = csv.DictReader((line for line in file if not line.startswith("#")), delimiter="\t")
         return {line.pop("task"): Task(**line) for line in lines}
+
+
+def _made(generate: Callable[[Path], None], path: Path) -> Path:
+    """`path`, written by `generate` if it is not there."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two first runs at once make a file each
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()  # a folder that can't be written is found before the work
+            generate(temporary)
+            os.replace(temporary, path)  # a killed run never leaves half a file
+        except OSError as error:
+            raise UserError(f"{path} can't be written ({error.strerror or error}); {WRITABLE}") from None
+        finally:
+            if temporary.is_file():
+                temporary.unlink()
+    return path
 
 
 def _unknown(name: str, tasks: dict) -> str:

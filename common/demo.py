@@ -10,14 +10,13 @@ steps), in `make("halfcheetah")`, every tenth action of the search reversed, so 
 disturbance.
 """
 
-import os
 from pathlib import Path
 
 import h5py
 import numpy as np
 from tqdm import trange
 
-from common import datasets, environments
+from common import environments
 
 NAME = "halfcheetah-demo"
 EPISODES = 60  # of 1000 steps
@@ -34,14 +33,6 @@ def linear_policy(obs: np.ndarray) -> np.ndarray:
     return np.clip((obs - MEAN) / STD @ W.T, -1, 1)
 
 
-def load(device: str = "cpu") -> datasets.Dataset:
-    """The demo's transitions, from D4RL's folder; made there first if need be."""
-    path = datasets.cache_folder() / f"{NAME}.hdf5"
-    if not path.exists():
-        generate(path)
-    return datasets.transitions(datasets.read_hdf5(path), "halfcheetah", device, path)
-
-
 def generate(path: Path, episodes: int = EPISODES, seed: int = 0) -> None:
     """Write `episodes` episodes to `path` in D4RL's layout; the same ones for one seed, versions and machine."""
     env, rng = environments.make("halfcheetah"), np.random.default_rng(seed)
@@ -56,11 +47,8 @@ def generate(path: Path, episodes: int = EPISODES, seed: int = 0) -> None:
             for key, value in zip(rows, (obs, action, reward, terminal, timeout)):
                 rows[key].append(value)
             obs = next_obs
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two first runs at once make a file each
-    with h5py.File(temporary, "w") as file:
+    with h5py.File(path, "w") as file:
         for key, values in rows.items():
             array = np.array(values)
             array = array if array.dtype == bool else array.astype(np.float32)
             file.create_dataset(key, data=array, compression="gzip")
-    os.replace(temporary, path)  # a killed run never leaves half a file

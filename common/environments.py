@@ -22,8 +22,8 @@ from gymnasium.spaces import Box
 from gymnasium.wrappers import RescaleAction, TransformAction, TransformObservation
 
 from common import UserError
-from common.datasets import MINARI, minari_dataset
 
+MINARI = "minari:"  # before the name of a dataset of the optional package minari
 LOCOMOTION = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
 ADROIT = {f: f"AdroitHand{f.capitalize()}-v1" for f in ("pen", "door", "hammer", "relocate")}
 ENVIRONMENTS = LOCOMOTION | ADROIT | {"halfcheetah-demo": "HalfCheetah-v4"}  # the demo: another score, the same task
@@ -138,6 +138,36 @@ def make(name: str, render_mode: str | None = None) -> gymnasium.Env:
         env = RescaleAction(env, np.float32(-1), np.float32(1))
     # gymnasium's ClipAction would clip as well, but then call the action space infinite
     return TransformAction(env, lambda a: np.clip(a, -1, 1), env.action_space)
+
+
+def minari_dataset(name: str):
+    """The minari.MinariDataset of `minari:NAME`, from Minari's folder ($MINARI_DATASETS_PATH, else ~/.minari/datasets).
+
+    Only its metadata is read. Raises UserError if the package or the dataset is missing, if minari can't read it, and
+    for observations or actions that are no vectors, or actions without bounds.
+    """
+    try:
+        import minari
+    except ImportError:
+        raise UserError(f'{name} needs an optional package: pip install "minari[hf]==0.5.4"') from None
+    try:
+        dataset = minari.load_dataset(name.removeprefix(MINARI))
+    except FileNotFoundError:
+        raise UserError(f"{name} is not on this machine; get it by: {minari_download(name)}") from None
+    except Exception as error:  # whatever a damaged or foreign folder makes minari and gymnasium raise
+        raise UserError(
+            f"{name} can't be read ({error}); mend that or get it again by: {minari_download(name)}"
+        ) from None
+    obs, action = dataset.observation_space, dataset.action_space
+    flat = all(isinstance(space, Box) and len(space.shape) == 1 for space in (obs, action))
+    if not (flat and action.is_bounded()):
+        raise UserError(f"{name} has observations {obs} and actions {action}: both must be vectors, actions bounded")
+    return dataset
+
+
+def minari_download(name: str) -> str:
+    """The command that gets it."""
+    return f"minari download {name.removeprefix(MINARI)}"
 
 
 def _recover(name: str, render_mode: str | None) -> gymnasium.Env:

@@ -35,13 +35,13 @@ def test_the_two_best_modes_are_opposite_and_their_mean_is_no_mode():
 
 
 def test_the_data_are_the_mixture_and_always_the_same():
-    data = bandit.load(size=80_000)
-    assert torch.equal(data.rows[:100], bandit.load(size=80_000).rows[:100])
-    distance, mode = torch.cdist(data.action, bandit.MODES).min(-1)
-    torch.testing.assert_close(mode.bincount() / len(data), torch.full((8,), 1 / 8), atol=0.005, rtol=0)
-    assert (data.reward == bandit.REWARDS[mode]).float().mean() > 0.999
+    obs, action, reward, _, done = data = bandit.make_data(80_000)
+    assert all(torch.equal(a, b) for a, b in zip(data, bandit.make_data(80_000)))
+    distance, mode = torch.cdist(action, bandit.MODES).min(-1)
+    torch.testing.assert_close(mode.bincount() / len(action), torch.full((8,), 1 / 8), atol=0.005, rtol=0)
+    assert (reward == bandit.REWARDS[mode]).float().mean() > 0.999
     assert distance.square().mean().sqrt().item() == pytest.approx(math.sqrt(2) * bandit.STD, rel=0.01)
-    assert (data.done == 1).all() and not data.obs.any()
+    assert (done == 1).all() and not obs.any()
 
 
 def test_frequencies_count_the_nearest_mode():
@@ -51,9 +51,9 @@ def test_frequencies_count_the_nearest_mode():
 
 @pytest.mark.parametrize("beta", [0.0, 2.0, 5.0])
 def test_the_softmax_is_the_data_reweighted_by_exp_beta_q(beta):
-    data = bandit.load(size=200_000)
-    drawn = torch.multinomial(torch.exp(beta * data.reward), 100_000, True, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(bandit.frequencies(data.action[drawn]), soft(beta), atol=0.008, rtol=0)
+    _, action, reward, _, _ = bandit.make_data(200_000)
+    drawn = torch.multinomial(torch.exp(beta * reward), 100_000, True, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(bandit.frequencies(action[drawn]), soft(beta), atol=0.008, rtol=0)
 
 
 class Folder:
@@ -63,11 +63,12 @@ class Folder:
         self.path = path
 
 
-def test_report_measures_total_variation_and_what_is_off_the_modes(tmp_path):
+def test_report_measures_total_variation_and_what_is_off_the_modes():
     action = bandit.MODES[[0, 0, 4, 4]].clone()
     action[0, 0] -= 5 * bandit.STD
     action[1, 0] += 3 * bandit.STD
-    metrics = bandit.report(action, torch.tensor([0.25, 0.25, 0, 0, 0.5, 0, 0, 0]), Folder(tmp_path), 0)
+    metrics, figure = bandit.report(action, torch.tensor([0.25, 0.25, 0, 0, 0.5, 0, 0, 0]), other=action)
+    assert [axis.get_title() for axis in figure.axes] == ["data", "policy", "other", "share of each mode"]
     assert metrics["eval/total_variation"] == pytest.approx(0.25)
     assert metrics["eval/score"] == pytest.approx(75)
     assert metrics["eval/off_modes"] == pytest.approx(0.25)

@@ -184,6 +184,39 @@ def test_batch_device_and_views():
     assert transitions(source, "pen", device="meta").obs.device.type == "meta"
 
 
+def test_sample_follows_torchs_own_seed():
+    data = transitions(raw(flags(50), flags(50)), "pen")
+    torch.manual_seed(0)
+    rows = torch.randint(49, (1000,))
+    torch.manual_seed(0)
+    for got, expected in zip(data.sample(1000), data[rows]):
+        assert torch.equal(got, expected)
+    assert rows.unique().numel() == 49
+
+
+def test_facts_and_description(tmp_path):
+    path = write(tmp_path / "own.hdf5", raw(flags(9, 2), flags(9, 5, 6), [1, 2, 3, 10, 10, 1000, -500, 2, 1000]))
+    data, content = load(path, eval_env="hopper"), Path(path).read_bytes()
+    assert data.facts.pop("reward_rule") == "times 1000 / 18, the returns' spread (locomotion's rule)"
+    file = {"source": path, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert data.facts == file | {"episodes": 3, "returns": [2, pytest.approx(28 / 3), 20]}
+    assert load(path, eval_env="pen").facts["reward_rule"] == "as they are (pen's rule)"
+    assert load(path, eval_env="antmaze").facts["reward_rule"] == "minus 1 (antmaze's rule)"
+    text = "\n".join(load(path, eval_env="pen").describe())
+    for part in (path, "6 transitions in 3 episodes", "of 3 numbers, actions of 2", "2 to 20, mean 9.3333", "as they"):
+        assert part in text
+    facts = load("bandit").facts
+    assert (facts["sha256"], facts["episodes"], facts["returns"][0], facts["returns"][2]) == (None, 20_000, 0, 1)
+
+
+@pytest.mark.parametrize("eval_env", ["hopper", "antmaze", "pen"])
+def test_reward_scale_takes_the_place_of_the_rule(eval_env, tmp_path):
+    path = write(tmp_path / "own.hdf5", raw([True, False, False], flags(3), [1, 3, 7]))
+    assert load(path, eval_env=eval_env, reward_scale=1).reward.tolist() == [1, 3]
+    data = load(path, eval_env=eval_env, reward_scale=0.5)
+    assert data.reward.tolist() == [0.5, 1.5] and data.facts["reward_rule"] == "times 0.5 (--reward-scale)"
+
+
 def test_dataset_of_tensors_and_float64():
     x = torch.arange(6, dtype=torch.float64).reshape(3, 2)
     data = Dataset(x, x + 1, x[:, 0], x + 2, torch.tensor([0, 1, 0]))

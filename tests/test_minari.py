@@ -12,7 +12,8 @@ import pytest
 from gymnasium.spaces import Box, Dict, Discrete
 
 from common import UserError, environments
-from common.datasets import load, minari_dataset, read_minari
+from common.datasets import load, read_minari
+from common.environments import minari_dataset
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")  # no author, no description
 ROOT = Path(__file__).parents[1]

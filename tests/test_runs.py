@@ -690,9 +690,9 @@ def test_an_interrupted_demo_leaves_no_file_under_its_name(tmp_path, monkeypatch
             raise Stopped
         return create(self, key, *args, **kwargs)
 
+    monkeypatch.setattr(demo, "generate", partial(demo.generate, episodes=1))
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(h5py.File, "create_dataset", failing)
-        demo.generate(tmp_path / "demo.hdf5", episodes=1)
-    assert not (tmp_path / "demo.hdf5").exists()
-    demo.generate(tmp_path / "demo.hdf5", episodes=1)
-    assert len(datasets.read_hdf5(tmp_path / "demo.hdf5")["rewards"]) == 1000
+        datasets.load("halfcheetah-demo")
+    assert not list((tmp_path / "d4rl").iterdir())
+    assert len(datasets.load("halfcheetah-demo")) == 999
