@@ -11,7 +11,7 @@ from typing import Annotated, NamedTuple, get_args, get_type_hints
 import torch
 import tyro
 
-from common import Interrupted, TrainingError, UserError, datasets, environments, runs
+from common import Interrupted, TrainingError, UserError, datasets, environments, runs, trained
 
 
 class Rule(NamedTuple):
@@ -100,7 +100,7 @@ def read_command_line(algorithm: str, args_type: type, settings: dict):
     given = tyro.cli(args_type, args=[word for word in sys.argv[1:] if word not in ("-h", "--help")])
     saved = runs.read_config(runs.folder(given, algorithm)) if given.resume or given.eval_only else None
     if saved and saved["algorithm"] == algorithm:
-        default, whose = args_type(**saved["args"]), "the run in the folder"
+        default, whose = trained.saved_args(saved, args_type), "the run in the folder"
         default = dataclasses.replace(default, resume=False, eval_only=False, video=False)
     else:
         whose, values = lookup(settings, given.env)
@@ -120,7 +120,14 @@ def lookup(settings: dict, env: str) -> tuple[str, dict]:
 def prepare(args, settings: dict, algorithm: str) -> tuple:
     """The arguments as filled in, and the data that they name. Raises UserError as `fill_in` and datasets.load do."""
     args = fill_in(args, settings, algorithm)
-    return args, datasets.load(args.env, args.device, args.eval_env, args.allow_unverified, args.reward_scale)
+    data = datasets.load(args.env, args.device, args.eval_env, args.allow_unverified, args.reward_scale)
+    name, values = lookup(settings, args.env)
+    default = vars(type(args)()) | values
+    about_the_run = {field.name for field in dataclasses.fields(RunArgs)} - values.keys()
+    given = {k: v for k, v in vars(args).items() if k not in about_the_run and v != default[k]}
+    for text, chosen in ((f"settings of {name}", values), ("but for", given)):
+        print(f"{text}: {', '.join(f'{key} {value}' for key, value in chosen.items()) or 'nothing'}")
+    return args, data
 
 
 def fill_in(args, settings: dict, algorithm: str):
