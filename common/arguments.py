@@ -136,7 +136,8 @@ def fill_in(args, settings: dict, algorithm: str):
     Raises UserError for a number, a device or an environment that makes no sense, and for a folder of another run.
     """
     args = dataclasses.replace(args, env=str(Path(args.env).resolve()) if Path(args.env).is_file() else args.env)
-    args.critic = args.critic and Path(args.critic).resolve()
+    for name in {"critic", "behaviour"} & vars(args).keys():
+        setattr(args, name, getattr(args, name) and Path(getattr(args, name)).resolve())
     agree_with_folder(args, algorithm)
     for field, value in lookup(settings, args.env)[1].items():
         if getattr(args, field) is None:
@@ -146,7 +147,7 @@ def fill_in(args, settings: dict, algorithm: str):
         for rule in (rule for part in (kind, *get_args(kind)) for rule in getattr(part, "__metadata__", ())):
             if value is not None and not rule.holds(value):
                 raise UserError(f"--{field.replace('_', '-')} {value}: {rule.words}")
-    if args.critic:
+    if getattr(args, "critic", None):
         args.critic_steps = 0
     choose_device(args)
     args.eval_env = environments.evaluation_env(args.env, args.eval_env)
