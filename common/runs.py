@@ -96,7 +96,7 @@ class Run:
         self.best, self.last, self.started, self.signal, self.warned = -math.inf, {}, time.time(), None, False
         config = {"format": trained.FORMAT, "algorithm": algorithm, "args": vars(args)}
         config = json.loads(json.dumps(config | {"data": data.facts} | origin(), default=str))
-        self.arguments, old = config["args"], trained.read_config(self.path)
+        self.config, old = config, trained.read_config(self.path)
         if old and old["data"] != config["data"]:
             raise UserError(f"the data of {args.env} have changed since the run in {self.path}; use a new --run-dir")
         if args.eval_only:
@@ -112,7 +112,6 @@ class Run:
             raise UserError(f"another run is writing into {self.path}; wait, or choose another --run-dir") from None
         except OSError as error:
             raise UserError(f"{self.path} can't be written ({error.strerror}); choose another --run-dir") from None
-        write(self.path / "config.json", config)
         print("gradient steps:", ", then ".join(f"{name} {n:,}" for name, n in phases.items() if n) or "none")
 
     def restore(self) -> int:
@@ -130,7 +129,7 @@ class Run:
             raise UserError(f"the checkpoint in {self.path} has other networks than these arguments make") from None
         self.best, self.last, self.step = state["best"], state["last"], state["step"]
         self.started -= state["seconds"]  # as if the run had never stopped
-        if self.step > self.total:
+        if self.step > self.total and not self.args.eval_only:
             raise UserError(f"the run in {self.path} is at step {self.step} already, beyond the {self.total} wanted")
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and torch.cuda.is_available():
@@ -142,6 +141,7 @@ class Run:
 
         Drops what was logged after `start`. Ctrl-C and SIGTERM raise Interrupted when the step is done and saved.
         """
+        write(self.path / "config.json", self.config)  # only now: nothing of a refused resume is kept
         rows = [json.dumps(row) + "\n" for row in trained.read_metrics(self.path) if row["step"] <= start]
         write(self.path / "metrics.jsonl", "".join(rows).encode())
         self.writer, self.logged, end = SummaryWriter(str(self.path), purge_step=start + 1), (time.time(), start), 0
@@ -154,7 +154,7 @@ class Run:
                     self.step += 1
                     yield self.step, phase
                     self.bar.update()
-                    if (now := time.time()) > due:
+                    if (now := time.time()) > due and self.step < end:
                         self.tell(phase, end - self.step, (self.step - first) / (now - begun))
                         due = now + INTERVAL if self.bar.disable else math.inf  # the bar says it
                     if self.signal:
@@ -217,7 +217,7 @@ class Run:
                 raise self.diverged(f"the weights of {name} are no longer finite")
         cuda_rng = torch.cuda.get_rng_state() if torch.device(self.args.device).type == "cuda" else None
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"format": trained.FORMAT, "algorithm": self.algorithm, "args": self.arguments, "step": step}
+        state |= {"format": trained.FORMAT, "algorithm": self.algorithm, "args": self.config["args"], "step": step}
         state |= {"sizes": (self.data.obs_dim, self.data.action_dim), "best": self.best, "last": self.last}
         state |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng, "seconds": time.time() - self.started}
         buffer = io.BytesIO()
