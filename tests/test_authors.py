@@ -2,6 +2,7 @@
 May 2023 (6b071e7) for IDQL. tests/data/authors_*.npz hold what that code returned; its weights are made by a rule."""
 
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ def recorded(name):
 
 
 def fill(tensors, names, rule):
-    """Give all `tensors`, named as the authors do, the recorded run's weights: `rule` says a name's offset and scale."""
+    """Give `tensors`, named as the authors do, the recorded run's weights; `rule` says a name's offset and scale."""
     assert sorted(tensors) == sorted(name.split()[0] for name in names)
     for name, shape in map(str.split, names):
         draw = np.random.default_rng(zlib.crc32(name.encode())).normal(size=tuple(map(int, shape.split("x"))))
@@ -69,7 +70,7 @@ def idql_net():
 def give(monkeypatch, **draws):
     """Let torch's random functions return these tensors, one a call."""
     for name, tensors in draws.items():
-        monkeypatch.setattr(torch, name, lambda *args, given=iter(tensors), **kwargs: next(given))
+        monkeypatch.setattr(torch, name, partial(lambda given, *_, **__: next(given), iter(tensors)))
 
 
 def close(found, expected, error):
