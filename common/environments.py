@@ -18,8 +18,8 @@ import mujoco
 import numpy as np
 import torch
 from gymnasium.envs.mujoco import MujocoEnv
-from gymnasium.spaces import Box
-from gymnasium.wrappers import RescaleAction, TransformAction, TransformObservation
+from gymnasium.spaces import Box, Dict, Space, flatten_space
+from gymnasium.wrappers import FlattenObservation, RescaleAction, TransformAction, TransformObservation
 
 from common import UserError
 
@@ -56,16 +56,24 @@ def evaluation_env(env: str, eval_env: str | None) -> str | None:
 
     Raises UserError as `make` does; says so in a line if there is no environment.
     """
-    from_minari = env.startswith(MINARI)
-    itself = env in ENVIRONMENTS or from_minari or Path(env).suffix  # a file's name says nothing about its data
-    name = eval_env or (env if itself else family(env))
-    known = minari_dataset(env).env_spec if from_minari else name in ENVIRONMENTS
-    if env == "bandit" or (eval_env is None and not known):
-        if env != "bandit":
-            print(f"{env} is trained without a score: no environment for it is known here; --eval-env names one")
+    if env == "bandit":
         return None
-    make(name).close()
-    return name
+    from_minari = env.startswith(MINARI)
+    file = Path(env).suffix or Path(env).is_file()  # a file's name says nothing about its data
+    name = eval_env or (env if env in ENVIRONMENTS or from_minari or file else family(env))
+    problem = None
+    if eval_env is None and not (minari_dataset(env).env_spec if from_minari else name in ENVIRONMENTS):
+        problem = "no environment for it is known here"
+    elif name:
+        try:
+            make(name).close()
+        except UserError as error:
+            if not from_minari or eval_env:
+                raise
+            problem = error
+    if problem:
+        print(f"{env} is trained without a score: {problem}; --eval-env names one")
+    return None if problem else name
 
 
 def normalized_score(returns: float | np.ndarray, name: str) -> float | np.ndarray | None:
@@ -86,15 +94,16 @@ def normalized_score(returns: float | np.ndarray, name: str) -> float | np.ndarr
     return 100 * (returns - low) / (high - low)
 
 
-def make(name: str, render_mode: str | None = None) -> gymnasium.Env:
+def make(name: str, render_mode: str | None = None, own_units: bool = False) -> gymnasium.Env:
     """The environment of a D4RL family (a key of ENVIRONMENTS), or of any Gymnasium id (`Pendulum-v1`, `module:Id-v0`).
 
     `minari:NAME` is the environment that this local dataset was made for, as its metadata has it.
 
-    Observations are (O,), as the environment gives them. Actions are (A,) in [-1, 1], clipped before they reach the
-    environment, so that its control cost is that of the clipped action, as in D4RL. Policies act in [-1, 1] and a
-    dataset's actions are in [-1, 1] too: an environment with other bounds is rescaled to them. An episode has at most
-    1000 steps in locomotion, 100 in pen, 200 in the rest of Adroit.
+    Observations are (O,), as the environment gives them; a Dict is flattened as by FlattenObservation. Actions are (A,)
+    in [-1, 1], clipped before they reach the environment, so that its control cost is that of the clipped action, as in
+    D4RL. Policies act in [-1, 1] and a dataset's actions are in [-1, 1] too: an environment with other bounds is
+    rescaled to them, unless it is to take actions in its `own_units`. An episode has at most 1000 steps in locomotion,
+    100 in pen, 200 in the rest of Adroit.
 
     Raises UserError: no such environment; a package it needs is missing; observations or actions that are no vectors,
     or actions without bounds.
@@ -104,6 +113,7 @@ def make(name: str, render_mode: str | None = None) -> gymnasium.Env:
             f"D4RL's {name} environment cannot be had here: give another one by --eval-env, "
             "or none, and training goes on without a score."
         )
+    options = {"render_mode": render_mode} if render_mode else {}  # plain environments don't know this word
     max_steps = None  # what the environment is registered with: 1000 in locomotion
     if name in ADROIT:
         try:
@@ -117,11 +127,14 @@ def make(name: str, render_mode: str | None = None) -> gymnasium.Env:
         with warnings.catch_warnings():  # -v4 is old on purpose: -v5 has other rewards and frictions than D4RL
             warnings.filterwarnings("ignore", r".*-v4 is out of date", DeprecationWarning)
             if name.startswith(MINARI):
-                env = _recover(name, render_mode)
+                env = _recover(name, options)
             else:
-                env = gymnasium.make(ENVIRONMENTS.get(name, name), max_steps, render_mode=render_mode)
-    except (gymnasium.error.Error, ModuleNotFoundError) as error:
-        raise UserError(f"Cannot make the environment {name!r}: {error}") from error
+                env = gymnasium.make(ENVIRONMENTS.get(name, name), max_steps, **options)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the constructor of somebody's environment raises
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"the environment {name!r} can't be made ({reason})") from error
 
     if name in LOCOMOTION or name == "halfcheetah-demo":
         restore_capsules(env.unwrapped.model, keep_total_mass="halfcheetah" in name)
@@ -130,10 +143,14 @@ def make(name: str, render_mode: str | None = None) -> gymnasium.Env:
         space = Box(-np.inf, np.inf, (111,), np.float64)
         env = TransformObservation(env, lambda obs: np.concatenate([obs, np.zeros(84)]), space)
 
+    if isinstance(env.observation_space, Dict):
+        env = FlattenObservation(env)
     obs, action = env.observation_space, env.action_space
     flat = all(isinstance(space, Box) and len(space.shape) == 1 for space in (obs, action))
     if not (flat and action.is_bounded()):
         raise UserError(f"{name!r} has observations {obs} and actions {action}: both must be vectors, actions bounded.")
+    if own_units:
+        return env
     if np.any(action.low != -1) or np.any(action.high != 1):
         env = RescaleAction(env, np.float32(-1), np.float32(1))
     # gymnasium's ClipAction would clip as well, but then call the action space infinite
@@ -144,7 +161,7 @@ def minari_dataset(name: str):
     """The minari.MinariDataset of `minari:NAME`, from Minari's folder ($MINARI_DATASETS_PATH, else ~/.minari/datasets).
 
     Only its metadata is read. Raises UserError if the package or the dataset is missing, if minari can't read it, and
-    for observations or actions that are no vectors, or actions without bounds.
+    for observations that are neither vectors nor a Dict of them, actions that are no vectors or have no bounds.
     """
     try:
         import minari
@@ -158,11 +175,16 @@ def minari_dataset(name: str):
         raise UserError(
             f"{name} can't be read ({error}); mend that or get it again by: {minari_download(name)}"
         ) from None
-    obs, action = dataset.observation_space, dataset.action_space
+    obs, action = flat_space(dataset.observation_space), dataset.action_space
     flat = all(isinstance(space, Box) and len(space.shape) == 1 for space in (obs, action))
     if not (flat and action.is_bounded()):
         raise UserError(f"{name} has observations {obs} and actions {action}: both must be vectors, actions bounded")
     return dataset
+
+
+def flat_space(space: Space) -> Space:
+    """A Dict as the vector that FlattenObservation makes of it, other spaces as they are."""
+    return flatten_space(space) if isinstance(space, Dict) else space
 
 
 def minari_download(name: str) -> str:
@@ -170,11 +192,11 @@ def minari_download(name: str) -> str:
     return f"minari download {name.removeprefix(MINARI)}"
 
 
-def _recover(name: str, render_mode: str | None) -> gymnasium.Env:
+def _recover(name: str, options: dict) -> gymnasium.Env:
     dataset = minari_dataset(name)
     if dataset.env_spec is None:
         raise UserError(f"{name} does not say what its environment is; name another one by --eval-env")
-    return dataset.recover_environment(eval_env=True, render_mode=render_mode)
+    return dataset.recover_environment(eval_env=True, **options)
 
 
 def restore_capsules(model: mujoco.MjModel, keep_total_mass: bool) -> None:

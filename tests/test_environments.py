@@ -202,6 +202,7 @@ def test_adroit(name):
     [
         ("NoSuchTask-v0", "'NoSuchTask-v0'.*doesn't exist"),
         ("Hopper-v77", "'Hopper-v77'"),
+        ("Hopper-v2", "'Hopper-v2' can't be made .ImportError: "),
         ("no_such_module:Own-v0", "No module named 'no_such_module'"),
         ("not an id", "'not an id'"),
         ("antmaze", "without a score"),
@@ -214,6 +215,38 @@ def test_errors(name, said):
     with pytest.raises(UserError, match=said) as error:
         make(name)
     assert "\n" not in str(error.value)
+
+
+OWN = """
+import gymnasium
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
+class Plain(PendulumEnv):
+    def __init__(self):
+        super().__init__()
+class Broken(PendulumEnv):
+    def __init__(self, render_mode=None):
+        raise RuntimeError("no licence:\\n  buy one")
+gymnasium.register("Plain-v0", "own_envs:Plain", max_episode_steps=7)
+gymnasium.register("Broken-v0", "own_envs:Broken")
+"""
+
+
+def test_constructors_of_others(tmp_path, monkeypatch):
+    (tmp_path / "own_envs.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert make("own_envs:Plain-v0").spec.max_episode_steps == 7  # which knows no render_mode
+    with pytest.raises(UserError, match="'own_envs:Plain-v0' can't be made .TypeError: .*render_mode"):
+        make("own_envs:Plain-v0", "rgb_array")
+    with pytest.raises(UserError, match="'own_envs:Broken-v0' can't be made .RuntimeError: no licence: buy one"):
+        make("own_envs:Broken-v0")
+
+
+def test_own_units_are_neither_rescaled_nor_clipped():
+    env = make("Pendulum-v1", own_units=True)
+    assert env.action_space.high == 2
+    theirs = gymnasium.make("Pendulum-v1")
+    assert [e.reset(seed=0)[0].tolist() for e in (env, theirs)][0] == theirs.unwrapped._get_obs().tolist()
+    assert env.step(np.array([1.7]))[1] == theirs.step(np.array([1.7]))[1]
 
 
 def test_adroit_says_what_to_install(monkeypatch):
@@ -259,3 +292,10 @@ def test_a_files_name_chooses_no_environment(env, capsys):
     assert "--eval-env names one" in capsys.readouterr().out
     assert environments.evaluation_env(env, "hopper") == "hopper"
     assert environments.evaluation_env(env.split(".")[0].split("/")[-1], None) == "hopper"
+
+
+def test_a_file_without_suffix_chooses_no_environment(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("hopper-mine").write_text("")
+    assert environments.evaluation_env("hopper-mine", None) is None
+    assert "hopper-mine is trained without a score" in capsys.readouterr().out
