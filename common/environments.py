@@ -63,7 +63,7 @@ def evaluation_env(env: str, eval_env: str | None) -> str | None:
     Raises UserError as `make` does; says so in a line if there is no environment.
     """
     from_minari = env.startswith(MINARI)
-    itself = env in ENVIRONMENTS or from_minari or Path(env).suffix  # a file's name says nothing about its data
+    itself = from_minari or Path(env).suffix  # a file's name says nothing about its data
     name = eval_env or (env if itself else task(env))
     known = minari_dataset(env).env_spec if from_minari else name in ENVIRONMENTS
     if env == "bandit" or (eval_env is None and not known):

@@ -27,8 +27,8 @@ from tqdm import trange
 
 from common.physics import restore_capsules, restore_margins
 
-# Rows of cells; # is a wall. The ant walks from R to G. The ball starts in any free cell, and its goal is G too, but for
-# umaze and eval-umaze: there it is R.
+# Rows of cells; # is a wall. The ant walks from R to G. The ball starts in any free cell and has its goal at G too, but
+# in umaze and eval-umaze at R.
 MAPS = {
     "umaze": "##### #R..# ###.# #G..# #####",
     "medium": "######## #R.##..# #..#...# ##...### #..#...# #.#..#.# #...#.G# ########",
