@@ -3,7 +3,7 @@
 D4RL's scores are returns in MuJoCo 2.1.0. Gymnasium's -v4 environments pose the same tasks on today's MuJoCo, where two
 things differ: the inertia of a capsule and the margin of a contact. That can halve a score: one Hopper policy has
 73.0 in D4RL's own environment, 34.6 in Hopper-v4 as shipped, 73.0 in `make("hopper")`, which undoes both differences
-(common/physics.py). AntMaze and Maze2D, which Gymnasium does not have, are in common/mazes.py.
+(common/physics.py). AntMaze and Maze2D are in common/mazes.py, Adroit and Kitchen in common/robotics.py.
 """
 
 import itertools
@@ -21,26 +21,29 @@ from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.spaces import Box
 from gymnasium.wrappers import RescaleAction, TransformAction, TransformObservation
 
-from common import UserError, mazes
+from common import UserError, mazes, robotics
 from common.datasets import MINARI, minari_dataset
 from common.physics import restore_capsules, restore_margins
 
 LOCOMOTION = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
-ADROIT = {f: f"AdroitHand{f.capitalize()}-v1" for f in ("pen", "door", "hammer", "relocate")}
-ENVIRONMENTS = LOCOMOTION | ADROIT | {"halfcheetah-demo": "HalfCheetah-v4"}  # the demo: another score, the same task
-ENVIRONMENTS |= {name: name for name in mazes.TASKS}
+LOCOMOTION["halfcheetah-demo"] = "HalfCheetah-v4"  # another score, the same task
+ENVIRONMENTS = (*LOCOMOTION, *mazes.TASKS, *robotics.ADROIT, *robotics.KITCHEN)
 
-REFERENCE_RETURNS = {  # name: (mean return of a random policy, of an expert), from D4RL's infos.py
-    "halfcheetah": (-280.178953, 12135.0),
-    "hopper": (-20.272305, 3234.3),
-    "walker2d": (1.629008, 4592.3),
-    "ant": (-325.6, 3879.7),
-    "pen": (96.262799, 3076.8331017826877),
-    "door": (-56.512833, 2880.5693087298737),
-    "hammer": (-274.856578, 12794.134825156867),
-    "relocate": (-6.425911, 4233.877797728884),
-    "halfcheetah-demo": (-280.178953, 3484.0),  # our own scale: 100 is the policy behind the data, on 50 episodes
-} | {name: task.reference for name, task in mazes.TASKS.items()}
+REFERENCE_RETURNS = (
+    {  # name: (mean return of a random policy, of an expert), from D4RL's infos.py
+        "halfcheetah": (-280.178953, 12135.0),
+        "hopper": (-20.272305, 3234.3),
+        "walker2d": (1.629008, 4592.3),
+        "ant": (-325.6, 3879.7),
+        "pen": (96.262799, 3076.8331017826877),
+        "door": (-56.512833, 2880.5693087298737),
+        "hammer": (-274.856578, 12794.134825156867),
+        "relocate": (-6.425911, 4233.877797728884),
+        "halfcheetah-demo": (-280.178953, 3484.0),  # our own scale: 100 is the policy behind the data, on 50 episodes
+    }
+    | {name: task.reference for name, task in mazes.TASKS.items()}
+    | dict.fromkeys(robotics.KITCHEN, (0.0, 4.0))
+)
 
 
 def task(dataset_name: str) -> str | None:
@@ -100,31 +103,24 @@ def make(name: str, render_mode: str | None = None) -> gymnasium.Env:
     Observations are (O,), as the environment gives them. Actions are (A,) in [-1, 1], clipped before they reach the
     environment, so that its control cost is that of the clipped action, as in D4RL. Policies act in [-1, 1] and a
     dataset's actions are in [-1, 1] too: an environment with other bounds is rescaled to them. An episode has at most
-    1000 steps in locomotion, 100 in pen, 200 in the rest of Adroit, and in mazes as many as common/mazes.py says.
+    1000 steps in locomotion, 100 in pen, 200 in the rest of Adroit, 280 in Kitchen; mazes differ.
 
     Raises UserError: no such environment; a package it needs is missing; observations or actions that are no vectors,
     or actions without bounds.
     """
-    max_steps = None  # what the environment is registered with: 1000 in locomotion
-    if name in ADROIT:
-        try:
-            import gymnasium_robotics
-        except ImportError as error:
-            raise UserError(f"{name} needs an optional package: pip install gymnasium-robotics==1.4.2") from error
-        gymnasium.register_envs(gymnasium_robotics)
-        max_steps = 100 if name == "pen" else 200
-
     try:
         with warnings.catch_warnings():  # old on purpose: locomotion's -v5 has other rewards and frictions than D4RL
             warnings.filterwarnings("ignore", r".*-v\d is out of date", DeprecationWarning)
             if name.startswith(MINARI):
                 env = _recover(name, render_mode)
-            else:
-                env = gymnasium.make(ENVIRONMENTS.get(name, name), max_steps, render_mode=render_mode)
+            elif name in robotics.ADROIT or name in robotics.KITCHEN:
+                env = robotics.make(name, render_mode)
+            else:  # mazes have their D4RL names in Gymnasium too
+                env = gymnasium.make(LOCOMOTION.get(name, name), render_mode=render_mode)
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         raise UserError(f"Cannot make the environment {name!r}: {error}") from error
 
-    if name in LOCOMOTION or name == "halfcheetah-demo":
+    if name in LOCOMOTION:
         restore_capsules(env.unwrapped.model, keep_total_mass="halfcheetah" in name)
         restore_margins(env.unwrapped.model)
     if name == "ant":  # D4RL's 111 numbers end in 84 contact forces, which MuJoCo 2.1.0 left at zero

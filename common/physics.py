@@ -58,3 +58,33 @@ def restore_margins(model: mujoco.MjModel) -> None:
     if mujoco.mj_version() >= 350:  # 3.4.0 calls itself 340, 3.5.0 3005000
         model.geom_margin[:] /= 2
         model.geom_gap[:] /= 2
+
+
+def restore_collisions(model: mujoco.MjModel) -> None:
+    """Let a model find the contacts of meshes as MuJoCo before 3.2.3 did, in place."""
+    model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_NATIVECCD | mujoco.mjtDisableBit.mjDSBL_MULTICCD
+    model.opt.ccd_iterations = 50
+
+
+def step(model: mujoco.MjModel, data: mujoco.MjData, steps: int) -> None:
+    """mj_step with Euler's integrator, contacts in boxes as deep as they were in MuJoCo 2.1.0.
+
+    There a sphere or capsule was never deeper in a box than its radius, and two boxes were half as deep in each other.
+    """
+    sphere, capsule, box = mujoco.mjtGeom.mjGEOM_SPHERE, mujoco.mjtGeom.mjGEOM_CAPSULE, mujoco.mjtGeom.mjGEOM_BOX
+    for _ in range(steps):
+        mujoco.mj_step1(model, data)
+        now, geoms = data.contact.dist, data.contact.geom  # (C,), (C, 2)
+        one, other = model.geom_type[geoms].T  # (C,) each, in the order sphere, capsule, box
+        radius = model.geom_size[geoms[:, 0], 0]
+        dist = np.where((one == sphere) | (one == capsule), np.maximum(now, -radius), now)
+        dist = np.where(one == box, now / 2, dist)
+        changed = np.flatnonzero((other == box) & (dist != now))
+        for i in changed:
+            data.contact[i].dist = dist[i]
+        if len(changed):  # these stages come after the search for contacts, and have to be done again
+            mujoco.mj_makeConstraint(model, data)
+            mujoco.mj_island(model, data)
+            mujoco.mj_projectConstraint(model, data)
+            mujoco.mj_fwdVelocity(model, data)
+        mujoco.mj_step2(model, data)

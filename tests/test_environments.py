@@ -1,6 +1,5 @@
 """common/environments.py: one step at a time against D4RL's own environments, the wrappers, the errors, the score."""
 
-import sys
 import warnings
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from common import UserError, environments
-from common.environments import ADROIT, ENVIRONMENTS, LOCOMOTION, REFERENCE_RETURNS, make, normalized_score, task
+from common.environments import ENVIRONMENTS, REFERENCE_RETURNS, make, normalized_score, task
 from common.physics import restore_capsules, restore_margins
 
 # Single steps recorded in D4RL's own environments (mujoco_py, MuJoCo 2.1.0) from states met under random actions, as
@@ -28,11 +27,14 @@ SHIPPED_ERROR = {
 }  # the least that v4 as shipped is off by
 
 
+LOCOMOTION = ["halfcheetah", "hopper", "walker2d", "ant"]
+
+
 def shipped(name):
     """Gymnasium's -v4 environment, without any wrapper."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        return gymnasium.make(LOCOMOTION[name]).unwrapped
+        return gymnasium.make(environments.LOCOMOTION[name]).unwrapped
 
 
 def errors(env, name, path=PARITY):
@@ -173,18 +175,6 @@ def test_module_id(tmp_path, monkeypatch):
     assert make("own_task:Own-v0").spec.max_episode_steps == 7
 
 
-@pytest.mark.parametrize("name", ADROIT)
-def test_adroit(name):
-    pytest.importorskip("gymnasium_robotics")
-    env = make(name)
-    env.reset(seed=0)
-    limit, count, ended = (100 if name == "pen" else 200), 0, False
-    while not ended:
-        _, _, terminated, truncated, _ = env.step(env.action_space.sample())
-        count, ended = count + 1, terminated or truncated
-    assert count == limit and truncated
-
-
 # ---- Errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -206,12 +196,6 @@ def test_errors(name, said):
     assert "\n" not in str(error.value)
 
 
-def test_adroit_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gymnasium_robotics", None)
-    with pytest.raises(UserError, match="pip install gymnasium-robotics==1.4.2"):
-        make("pen")
-
-
 # ---- Names and scores ------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +205,7 @@ def test_task():
         "ant-random-v2": "ant",
         "antmaze-umaze-v2": "antmaze-umaze-v2",
         "pen-human-v1": "pen",
+        "kitchen-partial-v0": "kitchen-partial-v0",
         "maze2d-umaze-v1": "maze2d-umaze-v1",
         "maze2d-umaze-dense-remade": "maze2d-umaze-dense-v1",
         "halfcheetah-demo": "halfcheetah-demo",
