@@ -23,7 +23,7 @@ import torch
 from gymnasium.spaces import Box, Dict, Space, Tuple, flatten
 from torch import Tensor
 
-from common import UserError, bandit, demo, environments
+from common import UserError, bandit, demo, environments, mazes
 from common.environments import MINARI, flat_space, minari_dataset, minari_download
 
 # key -> number of dimensions; only timeouts may be missing
@@ -31,11 +31,11 @@ RANKS = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1, "timeout
 NEXT = "next_observations"  # read in own files only: D4RL's rule ignores those of its files
 ACTION_LIMIT = 1 - 1e-5  # atanh and log-densities at exactly 1 are infinite
 UNSCALED = ("pen", "hammer", "door", "relocate", "adroit", "kitchen", "maze2d")
-# the longest episode of D4RL's tasks, by the beginning of their names; 1000 for all others
-STEP_LIMITS = {"maze2d-open": 150, "maze2d-umaze": 300, "maze2d-medium": 600, "maze2d-large": 800, "antmaze-umaze": 700}
-STEP_LIMITS |= {"pen": 100, "hammer": 200, "door": 200, "relocate": 200, "kitchen": 280}
+# the longest episode of a D4RL task, by the beginning of its name; 1000 for all others
+STEP_LIMITS = {"pen": 100, "hammer": 200, "door": 200, "relocate": 200, "kitchen": 280}
+STEP_LIMITS |= {name: task.max_steps for name, task in mazes.TASKS.items()}
 # name of a dataset that is made at first use -> what writes its file, given the name and a path
-MADE_HERE = {demo.NAME: lambda name, path: demo.generate(path)}
+MADE_HERE = {demo.NAME: lambda name, path: demo.generate(path)} | dict.fromkeys(mazes.REMADE, mazes.generate)
 # asked for D4RL's files, under their own names, when D4RL's one host fails; the checksum makes that safe
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main"
 with open(Path(__file__).with_name("d4rl_tasks.tsv")) as table:

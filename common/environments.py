@@ -1,8 +1,9 @@
-"""A D4RL family, Gymnasium id or Minari dataset -> the environment to score a policy in; the score; and a video.
+"""A D4RL name, Gymnasium id or Minari dataset -> the environment to score a policy in; the score; and a video.
 
 D4RL's scores are returns in MuJoCo 2.1.0. Gymnasium's -v4 environments pose the same tasks on today's MuJoCo, where two
 things differ: the inertia of a capsule and the margin of a contact. That can halve a score: one Hopper policy has
-73.0 in D4RL's own environment, 34.6 in Hopper-v4 as shipped, 73.0 in `make("hopper")`, which undoes both differences.
+73.0 in D4RL's own environment, 34.6 in Hopper-v4 as shipped, 73.0 in `make("hopper")`, which undoes both differences
+(common/physics.py). AntMaze and Maze2D are in common/mazes.py, Adroit and Kitchen in common/robotics.py.
 """
 
 import itertools
@@ -14,41 +15,49 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium
-import mujoco
 import numpy as np
 import torch
 from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.spaces import Box, Dict, Space, flatten_space
 from gymnasium.wrappers import FlattenObservation, RescaleAction, TransformAction, TransformObservation
 
-from common import UserError
+from common import UserError, mazes, robotics
+from common.physics import restore_capsules, restore_margins
 
 MINARI = "minari:"  # before the name of a dataset of the optional package minari
 LOCOMOTION = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
-ADROIT = {f: f"AdroitHand{f.capitalize()}-v1" for f in ("pen", "door", "hammer", "relocate")}
-ENVIRONMENTS = LOCOMOTION | ADROIT | {"halfcheetah-demo": "HalfCheetah-v4"}  # the demo: another score, the same task
-# Gymnasium-Robotics has mazes and a kitchen too, but they are other tasks: a return there is no D4RL score.
-WITHOUT_ENVIRONMENT = ("antmaze", "maze2d", "kitchen")
+LOCOMOTION["halfcheetah-demo"] = "HalfCheetah-v4"  # another score, the same task
+ENVIRONMENTS = (*LOCOMOTION, *mazes.TASKS, *robotics.ADROIT, *robotics.KITCHEN)
 
-REFERENCE_RETURNS = {  # name: (mean return of a random policy, of an expert), from D4RL's infos.py
-    "halfcheetah": (-280.178953, 12135.0),
-    "hopper": (-20.272305, 3234.3),
-    "walker2d": (1.629008, 4592.3),
-    "ant": (-325.6, 3879.7),
-    "pen": (96.262799, 3076.8331017826877),
-    "door": (-56.512833, 2880.5693087298737),
-    "hammer": (-274.856578, 12794.134825156867),
-    "relocate": (-6.425911, 4233.877797728884),
-    "antmaze": (0.0, 1.0),
-    "kitchen": (0.0, 4.0),
-    "halfcheetah-demo": (-280.178953, 3484.0),  # our own scale: 100 is the policy behind the data, on 50 episodes
-}
+REFERENCE_RETURNS = (
+    {  # name: (mean return of a random policy, of an expert), from D4RL's infos.py
+        "halfcheetah": (-280.178953, 12135.0),
+        "hopper": (-20.272305, 3234.3),
+        "walker2d": (1.629008, 4592.3),
+        "ant": (-325.6, 3879.7),
+        "pen": (96.262799, 3076.8331017826877),
+        "door": (-56.512833, 2880.5693087298737),
+        "hammer": (-274.856578, 12794.134825156867),
+        "relocate": (-6.425911, 4233.877797728884),
+        "halfcheetah-demo": (-280.178953, 3484.0),  # our own scale: 100 is the policy behind the data, on 50 episodes
+    }
+    | {name: task.reference for name, task in mazes.TASKS.items()}
+    | dict.fromkeys(robotics.KITCHEN, (0.0, 4.0))
+)
 
 
-def family(dataset_name: str) -> str | None:
-    """The D4RL family of a dataset, None for other names: `halfcheetah-medium-expert-v2` -> `halfcheetah`."""
-    first = dataset_name.split("-")[0]
-    return first if first in ENVIRONMENTS or first in WITHOUT_ENVIRONMENT else None
+def task(dataset_name: str) -> str | None:
+    """The key of ENVIRONMENTS that D4RL scores this dataset in, None for other names.
+
+    `halfcheetah-medium-expert-v2` -> `halfcheetah`, `maze2d-umaze-remade` -> `maze2d-umaze-v1`; a maze's own name.
+    """
+    name, first = dataset_name.replace("-remade", "-v1"), dataset_name.split("-")[0]
+    return name if name in ENVIRONMENTS else first if first in ENVIRONMENTS else None
+
+
+def default_episodes(name: str | None) -> int:
+    """Of an evaluation in `make(name)`: 100 in AntMaze, as in the literature, because a return there is 0 or 1."""
+    return 100 if (name or "").startswith("antmaze") else 10
 
 
 def evaluation_env(env: str, eval_env: str | None) -> str | None:
@@ -60,7 +69,7 @@ def evaluation_env(env: str, eval_env: str | None) -> str | None:
         return None
     from_minari = env.startswith(MINARI)
     file = Path(env).suffix or Path(env).is_file()  # a file's name says nothing about its data
-    name = eval_env or (env if env in ENVIRONMENTS or from_minari or file else family(env))
+    name = eval_env or (env if from_minari or file else task(env))
     problem = None
     if eval_env is None and not (minari_dataset(env).env_spec if from_minari else name in ENVIRONMENTS):
         problem = "no environment for it is known here"
@@ -80,10 +89,10 @@ def normalized_score(returns: float | np.ndarray, name: str) -> float | np.ndarr
     """D4RL's score (Fu et al., arXiv:2004.07219): 0 for a random policy, 100 for an expert.
 
     `returns` are undiscounted, unscaled sums of reward, of any shape. `name` is that of the task they were made in: a
-    family, a dataset's name or `halfcheetah-demo`. None for a name without reference returns, such as a Gymnasium id.
+    key of ENVIRONMENTS or a dataset's name. None for a name without reference returns, such as a Gymnasium id.
     A Minari dataset brings its own reference returns, or none.
     """
-    reference = REFERENCE_RETURNS.get(name) or REFERENCE_RETURNS.get(family(name))
+    reference = REFERENCE_RETURNS.get(name) or REFERENCE_RETURNS.get(task(name))
     if name.startswith(MINARI):
         metadata = minari_dataset(name).storage.metadata
         reference = metadata.get("ref_min_score"), metadata.get("ref_max_score")
@@ -95,7 +104,7 @@ def normalized_score(returns: float | np.ndarray, name: str) -> float | np.ndarr
 
 
 def make(name: str, render_mode: str | None = None, own_units: bool = False) -> gymnasium.Env:
-    """The environment of a D4RL family (a key of ENVIRONMENTS), or of any Gymnasium id (`Pendulum-v1`, `module:Id-v0`).
+    """The environment of a D4RL task (a key of ENVIRONMENTS), or of any Gymnasium id (`Pendulum-v1`, `module:Id-v0`).
 
     `minari:NAME` is the environment that this local dataset was made for, as its metadata has it.
 
@@ -103,40 +112,28 @@ def make(name: str, render_mode: str | None = None, own_units: bool = False) -> 
     in [-1, 1], clipped before they reach the environment, so that its control cost is that of the clipped action, as in
     D4RL. Policies act in [-1, 1] and a dataset's actions are in [-1, 1] too: an environment with other bounds is
     rescaled to them, unless it is to take actions in its `own_units`. An episode has at most 1000 steps in locomotion,
-    100 in pen, 200 in the rest of Adroit.
+    100 in pen, 200 in the rest of Adroit, 280 in Kitchen; mazes differ.
 
     Raises UserError: no such environment; a package it needs is missing; observations or actions that are no vectors,
     or actions without bounds.
     """
-    if name in WITHOUT_ENVIRONMENT:
-        raise UserError(
-            f"D4RL's {name} environment cannot be had here: give another one by --eval-env, "
-            "or none, and training goes on without a score."
-        )
     options = {"render_mode": render_mode} if render_mode else {}  # plain environments don't know this word
-    max_steps = None  # what the environment is registered with: 1000 in locomotion
-    if name in ADROIT:
-        try:
-            import gymnasium_robotics
-        except ImportError as error:
-            raise UserError(f"{name} needs an optional package: pip install gymnasium-robotics==1.4.2") from error
-        gymnasium.register_envs(gymnasium_robotics)
-        max_steps = 100 if name == "pen" else 200
-
     try:
-        with warnings.catch_warnings():  # -v4 is old on purpose: -v5 has other rewards and frictions than D4RL
-            warnings.filterwarnings("ignore", r".*-v4 is out of date", DeprecationWarning)
+        with warnings.catch_warnings():  # old on purpose: locomotion's -v5 has other rewards and frictions than D4RL
+            warnings.filterwarnings("ignore", r".*-v\d is out of date", DeprecationWarning)
             if name.startswith(MINARI):
                 env = _recover(name, options)
-            else:
-                env = gymnasium.make(ENVIRONMENTS.get(name, name), max_steps, **options)
+            elif name in robotics.ADROIT or name in robotics.KITCHEN:
+                env = robotics.make(name, render_mode)
+            else:  # mazes have their D4RL names in Gymnasium too
+                env = gymnasium.make(LOCOMOTION.get(name, name), **options)
     except UserError:
         raise
     except Exception as error:  # whatever the constructor of somebody's environment raises
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"the environment {name!r} can't be made ({reason})") from error
 
-    if name in LOCOMOTION or name == "halfcheetah-demo":
+    if name in LOCOMOTION:
         restore_capsules(env.unwrapped.model, keep_total_mass="halfcheetah" in name)
         restore_margins(env.unwrapped.model)
     if name == "ant":  # D4RL's 111 numbers end in 84 contact forces, which MuJoCo 2.1.0 left at zero
@@ -197,57 +194,6 @@ def _recover(name: str, options: dict) -> gymnasium.Env:
     if dataset.env_spec is None:
         raise UserError(f"{name} does not say what its environment is; name another one by --eval-env")
     return dataset.recover_environment(eval_env=True, **options)
-
-
-def restore_capsules(model: mujoco.MjModel, keep_total_mass: bool) -> None:
-    """Give a fresh model of capsules and spheres the masses and inertias of MuJoCo before 2.1.1, in place.
-
-    Until then a capsule of radius r whose cylinder has half-length h was taken for a cylinder of radius r and length
-    L = 2h + r (2.1.1's changelog: "Computed capsule inertias are now exact"). The density is today's, unless the XML
-    sets the total mass, as half_cheetah.xml does: then the total mass is.
-    """
-    r, h = model.geom_size[:, 0], model.geom_size[:, 1]  # (G,) each
-    capsule, moving = model.geom_type == mujoco.mjtGeom.mjGEOM_CAPSULE, model.geom_bodyid > 0
-    length, sphere = 2 * h + r, 4 / 3 * np.pi * r**3
-    volume = np.where(capsule, np.pi * r**2 * length, sphere)
-    exact_volume = np.where(capsule, 2 * np.pi * r**2 * h + sphere, sphere)
-    mass = volume * model.body_mass.sum() / (volume if keep_total_mass else exact_volume)[moving].sum()  # (G,)
-    axial = mass * r**2 * np.where(capsule, 1 / 2, 2 / 5)
-    transverse = np.where(capsule, mass * (3 * r**2 + length**2) / 12, axial)
-    moments = np.stack([transverse, transverse, axial], 1)  # (G, 3), along the geom's own axes: a capsule lies along z
-
-    for body in range(1, model.nbody):  # 0 is the world
-        geoms = np.flatnonzero(model.geom_bodyid == body)
-        centre = mass[geoms] @ model.geom_pos[geoms] / mass[geoms].sum()
-        inertia = np.zeros((3, 3))  # about the centre of mass, in the body's axes
-        for g in geoms:
-            rotation, d = np.zeros(9), model.geom_pos[g] - centre
-            mujoco.mju_quat2Mat(rotation, model.geom_quat[g])
-            rotation = rotation.reshape(3, 3)
-            inertia += rotation @ np.diag(moments[g]) @ rotation.T  # R I R^T: the geom's axes -> the body's
-            inertia += mass[g] * (d @ d * np.eye(3) - np.outer(d, d))  # parallel axes: m (|d|^2 1 - d d^T)
-        principal, axes = np.linalg.eigh(inertia)
-        axes[:, 0] *= np.linalg.det(axes)  # eigenvectors may be a reflection, a quaternion needs a rotation
-        model.body_mass[body], model.body_ipos[body], model.body_inertia[body] = mass[geoms].sum(), centre, principal
-        mujoco.mju_mat2Quat(model.body_iquat[body], axes.ravel())
-
-    # The compiler left two notes that lean on the inertia's frame, and that frame has moved. "This geom has the pose of
-    # its body's inertia" would turn the capsules; boxes around the geoms, beyond which no contact is looked for, would
-    # let the head of a diving half-cheetah pass through the floor. Unsay the first, let the second hold everything.
-    model.body_sameframe[:] = model.geom_sameframe[:] = 0
-    model.bvh_aabb[:] = [0, 0, 0, 100, 100, 100]  # centre and half sizes, in metres
-    mujoco.mj_setConst(model, mujoco.MjData(model))  # what follows from masses: inverse weights, subtree masses
-
-
-def restore_margins(model: mujoco.MjModel) -> None:
-    """Give the contacts of a fresh model their margins of before MuJoCo 3.5.0, in place.
-
-    The margin of a contact was the larger one of its two geoms' and is now their sum. In each of these models all geoms
-    have the same margin, so half of it on either side makes the old one.
-    """
-    if mujoco.mj_version() >= 350:  # 3.4.0 calls itself 340, 3.5.0 3005000
-        model.geom_margin[:] /= 2
-        model.geom_gap[:] /= 2
 
 
 # A video

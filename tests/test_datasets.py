@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import gymnasium
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import UserError, datasets, demo
+from common import UserError, datasets, demo, mazes
 from common.datasets import Dataset, check_sizes, load, read_file, transitions
 
 ROOT = Path(__file__).parents[1]
@@ -704,6 +705,20 @@ def test_failed_download_leaves_nothing(host, mirror, known, messages, folder, s
     for part in (*messages, str(folder / "a.hdf5"), "by hand"):
         assert part in str(caught.value)
     assert not list(folder.iterdir())
+
+
+def test_maze2d_remade_is_made_once_and_read_by_d4rls_rule(folder, monkeypatch):
+    name = "maze2d-umaze-remade"
+    monkeypatch.setitem(datasets.MADE_HERE, name, partial(mazes.generate, rows=2000))
+    data, source = load(name), read_file(folder / f"{name}.hdf5")
+    monkeypatch.setitem(datasets.MADE_HERE, name, None)
+    assert torch.equal(load(name).rows, data.rows) and [path.name for path in folder.iterdir()] == [f"{name}.hdf5"]
+    rows = np.flatnonzero(~source["timeouts"][:-1])
+    assert 1900 < len(rows) < 1999 and np.array_equal(data.next_obs, source["observations"][rows + 1])
+    assert np.array_equal(data.reward, source["rewards"][rows]) and not data.done.any()
+    assert {f"maze2d-{maze}{dense}-remade" for maze in ("umaze", "medium", "large") for dense in ("", "-dense")} < {
+        *datasets.MADE_HERE
+    }
 
 
 @pytest.mark.parametrize("name", [CHEETAH, "halfcheetah-demo"])
