@@ -274,9 +274,9 @@ def transitions(raw, name="", device="cpu", source="the data", reward_scale=None
 
     `name` is a task or family of D4RL's. next_obs is the next row's observation; a row with a timeout is dropped, and
     the last row; terminal rows stay, with done = 1. Without the key timeouts an episode ends STEP_LIMITS steps after
-    the last terminal or timeout (after a terminal D4RL counts one too few: not copied). `own` data are read with more
-    care: a terminal row stays though it is a timeout, too, or the last row, and where a stored next observation is not
-    the next row's, it is used, and an episode ends.
+    the last terminal or timeout (after a terminal D4RL counts one too few: not copied). In `own` data a terminal row
+    stays though it is a timeout, too, or the last row; and where next_observations contradict the next row, with no
+    mark to say why, they are used, and an episode ends.
 
     Rewards: antmaze r - 1; UNSCALED as they are; all others (locomotion) times 1000 / (max - min return), of the
     episodes as cut here, so that 1000 steps up to a timeout count 999; `reward_scale`, if given, is the factor instead.
@@ -292,18 +292,18 @@ def transitions(raw, name="", device="cpu", source="the data", reward_scale=None
         limit = next((n for task, n in STEP_LIMITS.items() if f"{name}-".startswith(f"{task}-")), 1000)
         print(f"{source} has no timeouts: an episode is taken to end after {limit} steps or at a terminal")
         timeouts = _timeouts_by_limit(terminals, limit)
-    unmarked = jumps & ~terminals & ~timeouts
-    if unmarked.any():
-        rows = f"{source}: in {unmarked.sum():,} of {len(obs):,} rows {NEXT} is not the next row's observation"
+    jumps &= ~terminals & ~timeouts
+    if jumps.any():
+        rows = f"{source}: in {jumps.sum():,} of {len(obs):,} rows {NEXT} is not the next row's observation"
         print(f"{rows}, and no terminal or timeout says why: those rows are taken as transitions of their own")
-    keep = ~timeouts | jumps | (terminals & own)
+    keep = ~timeouts | (terminals & own)
     keep[-1:] = own and terminals[-1:]
     if not keep.any():
-        raise UserError(f"{source}: every row is a timeout, so that no transition is left; mend its timeouts")
-    returns = _returns(reward, terminals | timeouts | jumps, keep) if unmarked.mean() < 0.5 else None
+        raise UserError(f"{source}: every row is a timeout or the last one, so that no transition is left; mend them")
+    returns = _returns(reward, terminals | timeouts | jumps, keep) if jumps.mean() < 0.5 else None
     reward, rule = _scaled(reward, returns, name.split("-")[0], reward_scale)
-    facts = _facts(source, returns, rule)
-    dataset = Dataset(obs, raw["actions"], reward, stored, terminals, device, np.flatnonzero(keep), facts)
+    facts, next_obs = _facts(source, returns, rule), stored if jumps.any() else None
+    dataset = Dataset(obs, raw["actions"], reward, next_obs, terminals, device, np.flatnonzero(keep), facts)
     dataset.action.clamp_(-ACTION_LIMIT, ACTION_LIMIT)  # in place: a clipped copy of the raw actions would cost memory
     return dataset
 
