@@ -98,7 +98,7 @@ class Dataset:
             order = f"{facts['episodes']:,} episodes of returns {low:.5g} to {high:.5g}, mean {mean:.5g}"
         return [
             f"data: {facts['source']}, {len(self):,} transitions, {order}",
-            f"observations have {self.obs_dim} numbers, actions {self.action_dim}; rewards are {facts['reward_rule']}",
+            f"observations of size {self.obs_dim}, actions of size {self.action_dim}; rewards {facts['reward_rule']}",
         ]
 
 
@@ -128,7 +128,7 @@ def load(name_or_path, device="cpu", eval_env=None, allow_unverified=False, rewa
         raw = read_file(source)
     elif task.startswith(MINARI):
         raw, source, task = read_minari(task), task, _minari_task(eval_env or task)
-    elif source.exists():
+    elif os.path.exists(source):  # unlike Path.exists, False for a name that is too long
         raw, task, own = read_file(source, RANKS | {NEXT: 2}), _minari_task(eval_env or ""), True
         _check_actions(raw["actions"], source, eval_env, rescale_actions)
     else:

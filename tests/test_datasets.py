@@ -115,7 +115,7 @@ def test_files_of_d4rl_follow_d4rls_rule_bit_for_bit(name, seed, folder):
     ends = rng.random((2, n)) < [[3e-3], [3e-3]]
     ends[:, [7, n - 1]] = True  # both marks in one row, and in the last one
     source = raw(*ends, seed=seed, obs_dim=2, action_dim=1) | {"actions": rng.normal(size=(n, 1)).astype(np.float32)}
-    stored = {"next_observations": rng.normal(size=(n, 2)), "terminals": ends[0].astype(np.float32)}
+    stored = {"next_observations": np.full((n, 2), np.nan), "terminals": ends[0].astype(np.float32)}
     write(folder / datasets.TASKS[name]["url"].split("/")[-1], source, **stored)
     data = load(name, allow_unverified=True, eval_env="Pendulum-v1")
 
@@ -422,7 +422,7 @@ def test_facts_and_description(tmp_path):
     for part in (
         path,
         "6 transitions, 3 episodes of returns 2 to 20, mean 9.3333",
-        "have 3 numbers, actions 2",
+        "of size 3, actions of size 2",
         "as they are",
     ):
         assert part in text
@@ -527,6 +527,9 @@ def test_unknown_names(tmp_path):
         load("zzz")
     with pytest.raises(UserError, match="none.npz is neither a file that exists"):
         load(str(tmp_path / "none.npz"))
+    for name in ("x" * 5000, "a\0b"):
+        with pytest.raises(UserError, match="is neither a file that exists"):
+            load(name)
 
 
 def test_a_file_that_is_being_written(tmp_path):
