@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium
+import mujoco
 import numpy as np
 import torch
 from gymnasium.envs.mujoco import MujocoEnv
@@ -23,7 +24,7 @@ from gymnasium.wrappers import RescaleAction, TransformAction, TransformObservat
 
 from common import UserError, mazes, robotics
 from common.datasets import MINARI, minari_dataset
-from common.physics import restore_capsules, restore_margins
+from common.physics import restore_capsules, restore_contacts
 
 LOCOMOTION = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
 LOCOMOTION["halfcheetah-demo"] = "HalfCheetah-v4"  # another score, the same task
@@ -121,8 +122,8 @@ def make(name: str, render_mode: str | None = None) -> gymnasium.Env:
         raise UserError(f"Cannot make the environment {name!r}: {error}") from error
 
     if name in LOCOMOTION:
-        restore_capsules(env.unwrapped.model, keep_total_mass="halfcheetah" in name)
-        restore_margins(env.unwrapped.model)
+        restore_capsules(env.unwrapped.model, mujoco.MjSpec.from_file(env.unwrapped.fullpath))
+        restore_contacts(env.unwrapped.model)
     if name == "ant":  # D4RL's 111 numbers end in 84 contact forces, which MuJoCo 2.1.0 left at zero
         space = Box(-np.inf, np.inf, (111,), np.float64)
         env = TransformObservation(env, lambda obs: np.concatenate([obs, np.zeros(84)]), space)

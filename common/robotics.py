@@ -50,8 +50,7 @@ class Adroit(gymnasium.Wrapper):
     def __init__(self, env: gymnasium.Env, name: str):
         super().__init__(env)
         self.name, model, data = name, env.unwrapped.model, env.unwrapped.data
-        physics.restore_margins(model)
-        physics.restore_collisions(model)
+        physics.restore_contacts(model)
 
         def simulate(control: np.ndarray, steps: int) -> None:
             data.ctrl[:] = control
@@ -87,8 +86,7 @@ class Kitchen(gymnasium.Wrapper):
         super().__init__(env)
         from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_GOALS, OBS_ELEMENT_INDICES
 
-        physics.restore_margins(env.unwrapped.model)
-        physics.restore_collisions(env.unwrapped.model)
+        physics.restore_contacts(env.unwrapped.model)
         self.observation_space = Box(-np.inf, np.inf, (60,), np.float64)
         self.places, self.goal = {element: OBS_ELEMENT_INDICES[element] for element in elements}, np.zeros(30)
         for element, place in self.places.items():

@@ -10,7 +10,7 @@ import pytest
 
 from common import UserError, environments
 from common.environments import ENVIRONMENTS, REFERENCE_RETURNS, make, normalized_score, task
-from common.physics import restore_capsules, restore_margins
+from common.physics import restore_capsules, restore_contacts
 
 # Single steps recorded in D4RL's own environments (mujoco_py, MuJoCo 2.1.0) from states met under random actions, as
 # f"{family}/{key}" with the keys qpos, qvel, act -> obs2, rew, done. The fixture is 100 of the 500 rows, made by
@@ -73,9 +73,9 @@ def test_as_shipped_it_does_not(name):
 
 
 @pytest.mark.parametrize("name", LOCOMOTION)
-def test_margins_alone_are_not_enough(name):
+def test_contacts_alone_are_not_enough(name):
     env = shipped(name)
-    restore_margins(env.model)
+    restore_contacts(env.model)
     assert errors(env, name)[0] > SHIPPED_ERROR[name]
 
 
@@ -83,7 +83,7 @@ def test_margins_alone_are_not_enough(name):
 @pytest.mark.parametrize("name", ["hopper", "ant"])  # the two whose geoms have a margin
 def test_capsules_alone_are_not_enough(name):
     env = shipped(name)
-    restore_capsules(env.model, keep_total_mass=False)
+    restore_capsules(env.model, mujoco.MjSpec.from_file(env.fullpath))
     assert errors(env, name)[0] > 1e-3
 
 
