@@ -19,8 +19,8 @@ import mujoco
 import numpy as np
 import torch
 from gymnasium.envs.mujoco import MujocoEnv
-from gymnasium.spaces import Box
-from gymnasium.wrappers import RescaleAction, TransformAction, TransformObservation
+from gymnasium.spaces import Box, Dict
+from gymnasium.wrappers import FlattenObservation, RescaleAction, TransformAction, TransformObservation
 
 from common import UserError, mazes, robotics
 from common.datasets import MINARI, minari_dataset
@@ -28,23 +28,20 @@ from common.physics import restore_capsules, restore_contacts
 
 LOCOMOTION = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
 LOCOMOTION["halfcheetah-demo"] = "HalfCheetah-v4"  # another score, the same task
-ENVIRONMENTS = (*LOCOMOTION, *mazes.TASKS, *robotics.ADROIT, *robotics.KITCHEN)
 
-REFERENCE_RETURNS = (
-    {  # name: (mean return of a random policy, of an expert), from D4RL's infos.py
-        "halfcheetah": (-280.178953, 12135.0),
-        "hopper": (-20.272305, 3234.3),
-        "walker2d": (1.629008, 4592.3),
-        "ant": (-325.6, 3879.7),
-        "pen": (96.262799, 3076.8331017826877),
-        "door": (-56.512833, 2880.5693087298737),
-        "hammer": (-274.856578, 12794.134825156867),
-        "relocate": (-6.425911, 4233.877797728884),
-        "halfcheetah-demo": (-280.178953, 3484.0),  # our own scale: 100 is the policy behind the data, on 50 episodes
-    }
-    | {name: task.reference for name, task in mazes.TASKS.items()}
-    | dict.fromkeys(robotics.KITCHEN, (0.0, 4.0))
-)
+ENVIRONMENTS = {  # name: mean returns of a random policy and of an expert, from D4RL's infos.py
+    "halfcheetah": (-280.178953, 12135.0),
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+    "ant": (-325.6, 3879.7),
+    "pen": (96.262799, 3076.8331017826877),
+    "door": (-56.512833, 2880.5693087298737),
+    "hammer": (-274.856578, 12794.134825156867),
+    "relocate": (-6.425911, 4233.877797728884),
+    "halfcheetah-demo": (-280.178953, 3484.0),  # our own scale: 100 is the policy behind the data, on 50 episodes
+}
+ENVIRONMENTS |= {name: task.reference for name, task in mazes.TASKS.items()}
+ENVIRONMENTS |= dict.fromkeys(robotics.KITCHEN, (0.0, 4.0))
 
 
 def task(dataset_name: str) -> str | None:
@@ -85,7 +82,7 @@ def normalized_score(returns: float | np.ndarray, name: str) -> float | np.ndarr
     key of ENVIRONMENTS or a dataset's name. None for a name without reference returns, such as a Gymnasium id.
     A Minari dataset brings its own reference returns, or none.
     """
-    reference = REFERENCE_RETURNS.get(name) or REFERENCE_RETURNS.get(task(name))
+    reference = ENVIRONMENTS.get(name) or ENVIRONMENTS.get(task(name))
     if name.startswith(MINARI):
         metadata = minari_dataset(name).storage.metadata
         reference = metadata.get("ref_min_score"), metadata.get("ref_max_score")
@@ -101,10 +98,10 @@ def make(name: str, render_mode: str | None = None) -> gymnasium.Env:
 
     `minari:NAME` is the environment that this local dataset was made for, as its metadata has it.
 
-    Observations are (O,), as the environment gives them. Actions are (A,) in [-1, 1], clipped before they reach the
-    environment, so that its control cost is that of the clipped action, as in D4RL. Policies act in [-1, 1] and a
-    dataset's actions are in [-1, 1] too: an environment with other bounds is rescaled to them. An episode has at most
-    1000 steps in locomotion, 100 in pen, 200 in the rest of Adroit, 280 in Kitchen; mazes differ.
+    Observations are (O,), as the environment gives them; a dictionary is flattened. Actions are (A,) in [-1, 1],
+    clipped before they reach the environment, so that its control cost is that of the clipped action, as in D4RL.
+    Policies act in [-1, 1] and a dataset's actions are in [-1, 1] too: an environment with other bounds is rescaled to
+    them. Episodes are as long as in D4RL: 1000 steps in locomotion, 100 in pen, 200 in the rest of Adroit.
 
     Raises UserError: no such environment; a package it needs is missing; observations or actions that are no vectors,
     or actions without bounds.
@@ -128,6 +125,8 @@ def make(name: str, render_mode: str | None = None) -> gymnasium.Env:
         space = Box(-np.inf, np.inf, (111,), np.float64)
         env = TransformObservation(env, lambda obs: np.concatenate([obs, np.zeros(84)]), space)
 
+    if isinstance(env.observation_space, Dict):
+        env = FlattenObservation(env)
     obs, action = env.observation_space, env.action_space
     flat = all(isinstance(space, Box) and len(space.shape) == 1 for space in (obs, action))
     if not (flat and action.is_bounded()):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common import UserError, environments
-from common.environments import ENVIRONMENTS, REFERENCE_RETURNS, make, normalized_score, task
+from common.environments import ENVIRONMENTS, make, normalized_score, task
 from common.physics import restore_capsules, restore_contacts
 
 # Single steps recorded in D4RL's own environments (mujoco_py, MuJoCo 2.1.0) from states met under random actions, as
@@ -166,6 +166,15 @@ def test_no_warning(name):
         env.step(np.full(env.action_space.shape, 2.0, np.float32))
 
 
+def test_a_dictionary_of_observations_is_flattened():
+    pytest.importorskip("gymnasium_robotics")
+    env = make("gymnasium_robotics:PointMaze_UMaze-v3")
+    obs, _ = env.reset(seed=0)
+    assert obs in env.observation_space and obs.shape == (8,)
+    state = env.unwrapped.point_env.state_vector()  # achieved_goal, desired_goal, observation, in this order
+    assert np.array_equal(obs, [*state[:2], *env.unwrapped.goal, *state])
+
+
 def test_module_id(tmp_path, monkeypatch):
     (tmp_path / "own_task.py").write_text(
         "import gymnasium\n"
@@ -218,9 +227,8 @@ def test_task():
 
 
 def test_score():
-    for name, (low, high) in REFERENCE_RETURNS.items():
+    for name, (low, high) in ENVIRONMENTS.items():
         assert normalized_score(np.array([low, high]), name) == pytest.approx([0, 100])
-    assert set(ENVIRONMENTS) == set(REFERENCE_RETURNS)
     returns = np.array([[-20.272305, 3234.3], [1607.0138475, 0]])
     assert normalized_score(returns, "hopper-medium-v2") == pytest.approx(np.array([[0, 100], [50, 0.62288691]]))
     assert normalized_score(3484.0, "halfcheetah-demo") == pytest.approx(100)
