@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium
+import mujoco
 import numpy as np
 import torch
 from gymnasium.envs.mujoco import MujocoEnv
@@ -22,28 +23,25 @@ from gymnasium.spaces import Box, Dict, Space, flatten_space
 from gymnasium.wrappers import FlattenObservation, RescaleAction, TransformAction, TransformObservation
 
 from common import UserError, mazes, robotics
-from common.physics import restore_capsules, restore_margins
+from common.physics import restore_capsules, restore_contacts
 
 MINARI = "minari:"  # before the name of a dataset of the optional package minari
 LOCOMOTION = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
 LOCOMOTION["halfcheetah-demo"] = "HalfCheetah-v4"  # another score, the same task
-ENVIRONMENTS = (*LOCOMOTION, *mazes.TASKS, *robotics.ADROIT, *robotics.KITCHEN)
 
-REFERENCE_RETURNS = (
-    {  # name: (mean return of a random policy, of an expert), from D4RL's infos.py
-        "halfcheetah": (-280.178953, 12135.0),
-        "hopper": (-20.272305, 3234.3),
-        "walker2d": (1.629008, 4592.3),
-        "ant": (-325.6, 3879.7),
-        "pen": (96.262799, 3076.8331017826877),
-        "door": (-56.512833, 2880.5693087298737),
-        "hammer": (-274.856578, 12794.134825156867),
-        "relocate": (-6.425911, 4233.877797728884),
-        "halfcheetah-demo": (-280.178953, 3484.0),  # our own scale: 100 is the policy behind the data, on 50 episodes
-    }
-    | {name: task.reference for name, task in mazes.TASKS.items()}
-    | dict.fromkeys(robotics.KITCHEN, (0.0, 4.0))
-)
+ENVIRONMENTS = {  # name: mean returns of a random policy and of an expert, from D4RL's infos.py
+    "halfcheetah": (-280.178953, 12135.0),
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+    "ant": (-325.6, 3879.7),
+    "pen": (96.262799, 3076.8331017826877),
+    "door": (-56.512833, 2880.5693087298737),
+    "hammer": (-274.856578, 12794.134825156867),
+    "relocate": (-6.425911, 4233.877797728884),
+    "halfcheetah-demo": (-280.178953, 3484.0),  # our own scale: 100 is the policy behind the data, on 50 episodes
+}
+ENVIRONMENTS |= {name: task.reference for name, task in mazes.TASKS.items()}
+ENVIRONMENTS |= dict.fromkeys(robotics.KITCHEN, (0.0, 4.0))
 
 
 def task(dataset_name: str) -> str | None:
@@ -92,7 +90,7 @@ def normalized_score(returns: float | np.ndarray, name: str) -> float | np.ndarr
     key of ENVIRONMENTS or a dataset's name. None for a name without reference returns, such as a Gymnasium id.
     A Minari dataset brings its own reference returns, or none.
     """
-    reference = REFERENCE_RETURNS.get(name) or REFERENCE_RETURNS.get(task(name))
+    reference = ENVIRONMENTS.get(name) or ENVIRONMENTS.get(task(name))
     if name.startswith(MINARI):
         metadata = minari_dataset(name).storage.metadata
         reference = metadata.get("ref_min_score"), metadata.get("ref_max_score")
@@ -134,8 +132,8 @@ def make(name: str, render_mode: str | None = None, own_units: bool = False) -> 
         raise UserError(f"the environment {name!r} can't be made ({reason})") from error
 
     if name in LOCOMOTION:
-        restore_capsules(env.unwrapped.model, keep_total_mass="halfcheetah" in name)
-        restore_margins(env.unwrapped.model)
+        restore_capsules(env.unwrapped.model, mujoco.MjSpec.from_file(env.unwrapped.fullpath))
+        restore_contacts(env.unwrapped.model)
     if name == "ant":  # D4RL's 111 numbers end in 84 contact forces, which MuJoCo 2.1.0 left at zero
         space = Box(-np.inf, np.inf, (111,), np.float64)
         env = TransformObservation(env, lambda obs: np.concatenate([obs, np.zeros(84)]), space)

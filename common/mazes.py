@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 from tqdm import trange
 
-from common.physics import restore_capsules, restore_margins
+from common.physics import restore_capsules, restore_contacts
 
 # Rows of cells; # is a wall. The ant walks from R to G. The ball starts in any free cell and has its goal at G too, but
 # in umaze and eval-umaze at R.
@@ -159,7 +159,7 @@ class Maze(MujocoEnv):
         goal = dict(type=mujoco.mjtGeom.mjGEOM_CYLINDER, size=[GOAL_RADIUS, 0.01, 0], rgba=[0.1, 0.8, 0.2, 1])
         spec.worldbody.add_site(**goal)  # it is drawn, but nothing touches it
         model = spec.compile()
-        self.restore(model)
+        self.restore(model, spec)
         return model, mujoco.MjData(model)
 
     def at_goal(self) -> bool:
@@ -193,9 +193,9 @@ class AntMaze(Maze):
         spec.delete(spec.camera("track"))  # the maze is seen from above
         return spec
 
-    def restore(self, model: mujoco.MjModel) -> None:
-        restore_capsules(model)
-        restore_margins(model)
+    def restore(self, model: mujoco.MjModel, spec: mujoco.MjSpec) -> None:
+        restore_capsules(model, spec)
+        restore_contacts(model)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         if seed is not None or self.task.new_goals:
@@ -231,8 +231,8 @@ class Maze2D(Maze):
     def agent(self) -> mujoco.MjSpec:
         return mujoco.MjSpec.from_string(BALL)
 
-    def restore(self, model: mujoco.MjModel) -> None:
-        restore_margins(model)
+    def restore(self, model: mujoco.MjModel, spec: mujoco.MjSpec) -> None:
+        restore_contacts(model)
         # how easily contacts move the ball: 2.1.0 took the mean over x, y and z, and along z it is fixed
         model.body_invweight0[1, 0] = 2 / 3 / model.body_mass[1]
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from common import UserError, environments
-from common.environments import ENVIRONMENTS, REFERENCE_RETURNS, make, normalized_score, task
-from common.physics import restore_capsules, restore_margins
+from common.environments import ENVIRONMENTS, make, normalized_score, task
+from common.physics import restore_capsules, restore_contacts
 
 # Single steps recorded in D4RL's own environments (mujoco_py, MuJoCo 2.1.0) from states met under random actions, as
 # f"{family}/{key}" with the keys qpos, qvel, act -> obs2, rew, done. The fixture is 100 of the 500 rows, made by
@@ -73,9 +73,9 @@ def test_as_shipped_it_does_not(name):
 
 
 @pytest.mark.parametrize("name", LOCOMOTION)
-def test_margins_alone_are_not_enough(name):
+def test_contacts_alone_are_not_enough(name):
     env = shipped(name)
-    restore_margins(env.model)
+    restore_contacts(env.model)
     assert errors(env, name)[0] > SHIPPED_ERROR[name]
 
 
@@ -83,7 +83,7 @@ def test_margins_alone_are_not_enough(name):
 @pytest.mark.parametrize("name", ["hopper", "ant"])  # the two whose geoms have a margin
 def test_capsules_alone_are_not_enough(name):
     env = shipped(name)
-    restore_capsules(env.model, keep_total_mass=False)
+    restore_capsules(env.model, mujoco.MjSpec.from_file(env.fullpath))
     assert errors(env, name)[0] > 1e-3
 
 
@@ -164,6 +164,15 @@ def test_no_warning(name):
         env = make(name)
         env.reset(seed=0)
         env.step(np.full(env.action_space.shape, 2.0, np.float32))
+
+
+def test_a_dictionary_of_observations_is_flattened():
+    pytest.importorskip("gymnasium_robotics")
+    env = make("gymnasium_robotics:PointMaze_UMaze-v3")
+    obs, _ = env.reset(seed=0)
+    assert obs in env.observation_space and obs.shape == (8,)
+    state = env.unwrapped.point_env.state_vector()  # achieved_goal, desired_goal, observation, in this order
+    assert np.array_equal(obs, [*state[:2], *env.unwrapped.goal, *state])
 
 
 def test_module_id(tmp_path, monkeypatch):
@@ -251,9 +260,8 @@ def test_task():
 
 
 def test_score():
-    for name, (low, high) in REFERENCE_RETURNS.items():
+    for name, (low, high) in ENVIRONMENTS.items():
         assert normalized_score(np.array([low, high]), name) == pytest.approx([0, 100])
-    assert set(ENVIRONMENTS) == set(REFERENCE_RETURNS)
     returns = np.array([[-20.272305, 3234.3], [1607.0138475, 0]])
     assert normalized_score(returns, "hopper-medium-v2") == pytest.approx(np.array([[0, 100], [50, 0.62288691]]))
     assert normalized_score(3484.0, "halfcheetah-demo") == pytest.approx(100)

@@ -67,15 +67,9 @@ def test_the_depth_in_boxes_is_needed(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["pen", "hammer", "relocate"])
-def test_margins_are_needed(name, monkeypatch):
-    monkeypatch.setattr(physics, "restore_margins", lambda model: None)
+def test_old_contacts_are_needed(name, monkeypatch):
+    monkeypatch.setattr(physics, "restore_contacts", lambda model: None)
     assert errors(name)[0] > 1e-4
-
-
-@pytest.mark.parametrize("name", ["hammer"])
-def test_old_collisions_are_needed(name, monkeypatch):
-    monkeypatch.setattr(physics, "restore_collisions", lambda model: None)
-    assert errors(name)[0] > 1e-8
 
 
 def test_the_rewards_sign_is_needed(monkeypatch):
