@@ -23,7 +23,7 @@ import torch
 from gymnasium.spaces import Box, Dict, Space, Tuple, flatten
 from torch import Tensor
 
-from common import UserError, bandit, demo, environments, mazes
+from common import UserError, bandit, demo, environments, mazes, remade
 from common.environments import MINARI, flat_space, minari_dataset, minari_download
 
 # key -> number of dimensions; only timeouts may be missing
@@ -35,7 +35,8 @@ UNSCALED = ("pen", "hammer", "door", "relocate", "adroit", "kitchen", "maze2d")
 STEP_LIMITS = {"pen": 100, "hammer": 200, "door": 200, "relocate": 200, "kitchen": 280}
 STEP_LIMITS |= {name: task.max_steps for name, task in mazes.TASKS.items()}
 # name of a dataset that is made at first use -> what writes its file, given the name and a path
-MADE_HERE = {demo.NAME: lambda name, path: demo.generate(path)} | dict.fromkeys(mazes.REMADE, mazes.generate)
+MADE_HERE = dict.fromkeys(mazes.REMADE, mazes.generate) | dict.fromkeys(remade.NAMES, remade.generate)
+MADE_HERE[demo.NAME] = lambda _, path: demo.generate(path)
 # asked for D4RL's files, under their own names, when D4RL's one host fails; the checksum makes that safe
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main"
 with open(Path(__file__).with_name("d4rl_tasks.tsv")) as table:

@@ -721,9 +721,16 @@ def test_maze2d_remade_is_made_once_and_read_by_d4rls_rule(folder, monkeypatch):
     rows = np.flatnonzero(~source["timeouts"][:-1])
     assert 1900 < len(rows) < 1999 and np.array_equal(data.next_obs, source["observations"][rows + 1])
     assert np.array_equal(data.reward, source["rewards"][rows]) and not data.done.any()
-    assert {f"maze2d-{maze}{dense}-remade" for maze in ("umaze", "medium", "large") for dense in ("", "-dense")} < {
-        *datasets.MADE_HERE
-    }
+
+
+@pytest.mark.parametrize("name", ["hopper-medium-expert-remade", "halfcheetah-medium-replay-remade"])
+def test_remade_locomotion_follows_locomotions_rule(name, folder, monkeypatch):
+    def generate(given, path):
+        assert given == name
+        write(path, raw(flags(6, 2), flags(6, 4), [1, 1, 1, 5, 3, 3]))
+
+    monkeypatch.setitem(datasets.MADE_HERE, name, generate)
+    assert load(name).reward.tolist() == pytest.approx([500, 500, 500, 2500])  # times 1000 / (5 - 3)
 
 
 @pytest.mark.parametrize("name", [CHEETAH, "halfcheetah-demo"])
