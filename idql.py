@@ -115,6 +115,14 @@ SETTINGS = {
         critic_lr=1e-3, critic_steps=1_500, policy_steps=2_500, policy_batch_size=256, policy_lr=1e-3, ema_rate=0.01,
         diffusion_steps=20, schedule="cosine", extraction="implicit", candidates=16, eval_every=5_000,
     ),
+    "maze2d-remade": dict(
+        critic_steps=100_000, policy_steps=30_000, policy_batch_size=256, normalize_obs=True, candidates=32,
+        ema_rate=0.005, eval_every=10_000,
+    ),
+    "remade": dict(
+        critic_steps=200_000, policy_steps=50_000, policy_batch_size=256, normalize_obs=True, candidates=32,
+        ema_rate=0.005, eval_every=10_000,
+    ),
     "own data": dict(
         critic_steps=100_000, policy_steps=100_000, policy_batch_size=256, normalize_obs=True, eval_every=10_000,
         extraction="implicit", candidates=4,

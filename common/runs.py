@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import Interrupted, TrainingError, UserError, datasets, environments, trained
+from common import Interrupted, TrainingError, UserError, datasets, environments, mazes, trained
 
 INTERVAL = 10  # seconds between two lines of a run that is not on a terminal
 
@@ -149,12 +149,15 @@ class Run:
         handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             for phase, count in self.phases.items():
-                end, first, begun, due = end + count, self.step, time.time(), time.time() + INTERVAL / 2
+                end, first = end + count, None
                 while self.step < end:
                     self.step += 1
                     yield self.step, phase
                     self.bar.update()
-                    if (now := time.time()) > due and self.step < end:
+                    now = time.time()
+                    if first is None:  # a first step may take longer: it is not measured
+                        first, begun, due = self.step, now, now + INTERVAL / 2
+                    elif now > due and self.step < end:
                         self.tell(phase, end - self.step, (self.step - first) / (now - begun))
                         due = now + INTERVAL if self.bar.disable else math.inf  # the bar says it
                     if self.signal:
@@ -247,8 +250,13 @@ class Run:
     def scores(self, actor: Callable) -> dict[str, float]:
         """The scalars of an evaluation: `actor` plays args.eval_episodes episodes, seeded by seed and step."""
         args, seed = self.args, 10**8 * self.args.seed + self.step
-        played = environments.rollout(actor, args.eval_env, args.eval_episodes, seed, args.device, args.eval_steps)
-        return environments.score_metrics(played[0], args.eval_env)
+        returns, ways, goals = environments.rollout(
+            actor, args.eval_env, args.eval_episodes, seed, args.device, args.eval_steps
+        )
+        if ways:
+            places = self.data.obs[:, :2].cpu().numpy()
+            self.picture("maze", mazes.picture(args.eval_env, places, ways[:20], goals[:20]))
+        return environments.score_metrics(returns, args.eval_env)
 
     def film(self, actor: Callable) -> None:
         if (args := self.args).video:
