@@ -35,128 +35,73 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import gymnasium
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
-from common import bandit, datasets, environments, runs, samplers, training
-from common.training import Adam, Draws, Seeds, Update
+from common import arguments, bandit, datasets, runs, samplers, trained
+from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments
+# 1. Arguments (those of every run, --env and --seed among them, are in common/arguments.py)
 
 
 @dataclass
-class Args:
-    env: str = "halfcheetah-demo"
-    """the data: halfcheetah-demo, bandit, a D4RL name (hopper-medium-v2), minari:NAME, or an HDF5 file's path"""
-    eval_env: str | None = None
-    """where own data's policy is scored: a D4RL family such as hopper (its score), or a Gymnasium id (raw return)"""
-    seed: int = 0
-    """of networks, batches and noise; the evaluation has a stream of its own"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
-    num_seeds: int = 1
-    """seeds trained side by side in this process: seed, seed + 1, ..., each as if alone, each with its own folder"""
-    compile: bool = False
-    """compile the updates and the sampler: a minute's wait, then faster steps"""
-    cudagraph: bool = False
-    """replay each update as one CUDA graph; no effect without a GPU"""
-    bf16: bool = False
-    """products of the losses in bfloat16, but for critics' last layer; densities, sums, Adam, acting: float32"""
-    fast_matmul: bool = False
-    """float32 products by TF32 on CUDA, by oneDNN on a CPU; whether that is faster depends on the machine"""
-    run_dir: Path | None = None
-    """the run's folder; None: runs/<env>/gmpg/seed<seed>; with several seeds, of their folders seed<seed>"""
-    resume: bool = False
-    """go on from the run folder's checkpoint, if there is one"""
-    eval_only: bool = False
-    """score the run folder's checkpoint and stop"""
-    video: bool = False
-    """when the run is finished, or with --eval-only: play one episode into the run folder, as video.mp4"""
-    allow_unverified: bool = False
-    """accept a D4RL file whose checksum is not the published one"""
-    normalize_obs: bool | None = None
-    """let the networks see (obs - mean) / std; None: as PAPER says"""
-
+class Args(RunArgs):
     critic: Path | None = None
     """a run of iql_critic.py (its folder) whose critic is taken as it is, instead of training one"""
-    critic_steps: int | None = None
-    """gradient steps of the critic; None: as PAPER says"""
-    critic_lr: float | None = None
-    """Adam's learning rate for Q and V; None: as PAPER says"""
-    critic_loss: Literal["expectile", "quantile", "exponential"] = "expectile"
-    """f of Eq. (1)"""
-    expectile: float | None = None
-    """tau of the expectile and of the quantile loss, in (0, 1); None: as PAPER says"""
-    linex_alpha: float = 1.0
-    """alpha of the exponential loss, on the scale of the scaled rewards"""
-    linex_max: float = 6.0
-    """exp(alpha u) grows linearly from this value on, in the exponential loss"""
-    discount: float = 0.99
+    critic_steps: Steps | None = None
+    """gradient steps of the critic"""
+    critic_lr: Amount | None = None
+    """Adam's learning rate for Q and V"""
+    expectile: Inside | None = None
+    """tau of Eq. (1): 0.5 is the mean over the data's actions, towards 1 it becomes the best of them"""
+    discount: Share = 0.99
     """gamma"""
-    target_rate: float = 0.005
+    target_rate: Share = 0.005
     """share of the new weights in Eq. (3)"""
 
     path: Literal["vp", "gvp", "icfm"] = "gvp"
     """Eq. (4): vp variance-preserving diffusion, gvp trigonometric, icfm straight line; all predict the velocity"""
-    icfm_sigma: float = 0.0
-    """extra noise along the straight path; the reference code has 0.1, which blurs the actions by as much"""
-    network: Literal["mlp", "paper"] = "mlp"
-    """mlp: the state beside the noisy action; paper: the reference's U-shaped net, the state through 32 numbers"""
-    sampler_steps: int = 16
+    network: Literal["mlp", "paper"] | None = None
+    """paper: the U-shaped net of the reference code, the state through 32 numbers; mlp: the state beside the action"""
+    sampler_steps: Count = 16
     """n of Eq. (12)"""
-    behaviour_steps: int | None = None
-    """gradient steps of the model of mu; None: as PAPER says"""
-    behaviour_lr: float | None = None
-    """Adam's learning rate for the model of mu, with a cosine to 0; None: as PAPER says"""
-    gradient: Literal["pathwise", "reinforce", "matching"] = "pathwise"
-    """of Eq. (14): through the sampler, or by the score function; matching: Eq. (5) in the place of the KL"""
-    divergence: Literal["auto", "exact", "hutchinson"] = "auto"
-    """determinants of Eq. (13): exact, or Hutchinson's estimate with one probe a solve; auto: exact up to A = 24"""
-
-    act_noise: float = 1.0
+    act_noise: Amount = 1.0
     """scale of the noise that actions start from when the policy acts: 1 samples it, 0 takes its most typical action"""
 
-    policy_steps: int | None = None
-    """gradient steps of the policy; None: as PAPER says"""
-    policy_lr: float | None = None
-    """Adam's learning rate for the policy; None: as PAPER says"""
-    lr_decay: bool = False
-    """let the policy's learning rate fall to 0 along a cosine"""
-    beta: float | None = None
-    """the temperature in Eq. (14), in nats: 0 is behaviour cloning, large is greedy; None: as PAPER says"""
-    grad_norm: float = 10.0
+    behaviour_steps: Steps | None = None
+    """gradient steps of the model of mu"""
+    behaviour_lr: Amount | None = None
+    """Adam's learning rate for the model of mu; it falls to 0 along a cosine"""
+    policy_steps: Steps | None = None
+    """gradient steps of the policy"""
+    policy_lr: Amount | None = None
+    """Adam's learning rate for the policy"""
+    beta: Amount | None = None
+    """inverse temperature of Eq. (14), in nats: 0 is behaviour cloning, large is greedy"""
+    grad_norm: Amount = 10.0
     """the policy's gradient is clipped to this norm"""
-    batch_size: int | None = None
-    """transitions a gradient step of critic and model of mu; None: as PAPER says"""
-    policy_batch_size: int | None = None
-    """states a gradient step of the policy; None: as PAPER says"""
-
-    eval_every: int | None = None
-    """gradient steps between evaluations; None: as PAPER says"""
-    eval_episodes: int = 10
-    """episodes an evaluation, all in lock-step"""
-    log_every: int = 1000
-    """gradient steps between two lines of metrics"""
-    save_every: int = 10_000
-    """gradient steps between checkpoints"""
+    batch_size: Count | None = None
+    """transitions a gradient step of critic and model of mu"""
+    policy_batch_size: Count | None = None
+    """states a gradient step of the policy"""
 
 
-# The reference code's critic, temperature and rate; "*" holds where a name says nothing. Its loss has (log pi - log mu)
-# / (A ln 2), so its beta times A ln 2 is ours. Its budget, 1250 to 24 500 updates of 40 960 states and 999 steps, is
-# months of a GPU; ours is 10 000 updates of 1024 states and 16 steps, untried on D4RL's data.
-PAPER = {
+# What an argument that is None becomes: the entry of the dataset's name (or of its family, "own data", ...), over "*".
+SETTINGS = {
+    # The reference code's critic, beta and learning rate. Its loss has (log pi - log mu) / (A ln 2), so its beta times
+    # A ln 2 is this one. The budget is ours: its 1250 to 24 500 updates of 40 960 states and 999 steps are months of a
+    # GPU; these are 10 000 updates of 1024 states and 16 steps, untried on D4RL's data.
     "*": dict(
         critic_lr=3e-4, critic_steps=1_000_000, behaviour_steps=500_000, behaviour_lr=1e-4, policy_steps=10_000,
         policy_lr=1e-5, batch_size=4096, policy_batch_size=1024, expectile=0.7, beta=16.6, normalize_obs=False,
-        eval_every=500,
+        network="paper", eval_every=500,
     ),
     "halfcheetah-medium-v2": dict(critic_steps=1_220_000, policy_lr=1e-4, beta=4.16),
     "halfcheetah-medium-expert-v2": dict(critic_steps=976_000, policy_lr=1e-6, beta=16.6),
@@ -173,18 +118,20 @@ PAPER = {
     "antmaze-medium-diverse-v0": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
     "antmaze-large-play-v0": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
     "antmaze-large-diverse-v0": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
-    # Not from the paper: budgets of minutes, chosen by trying.
+    # Ours: budgets of minutes, chosen by trying.
     "halfcheetah-demo": dict(
         critic_steps=15_000, behaviour_steps=10_000, behaviour_lr=1e-3, policy_steps=400, policy_lr=1e-4,
-        batch_size=256, policy_batch_size=64, beta=2.0, normalize_obs=True, eval_every=100,
+        batch_size=256, policy_batch_size=64, beta=2.0, normalize_obs=True,
+        network="mlp", eval_every=100,
     ),
     "bandit": dict(
         critic_lr=1e-3, critic_steps=1_500, behaviour_steps=8_000, behaviour_lr=3e-3, policy_steps=200,
-        policy_lr=3e-4, batch_size=128, policy_batch_size=256, beta=2.0, eval_every=50,
+        policy_lr=3e-4, batch_size=128, policy_batch_size=256, beta=2.0, network="mlp", eval_every=50,
     ),
-    "own file": dict(
+    "own data": dict(
         critic_steps=100_000, behaviour_steps=100_000, behaviour_lr=3e-4, policy_steps=1_000, policy_lr=1e-4,
-        batch_size=256, policy_batch_size=256, beta=0.3, normalize_obs=True, eval_every=100,
+        batch_size=256, policy_batch_size=256, beta=0.3, normalize_obs=True,
+        network="mlp", eval_every=100,
     ),
 }  # fmt: skip
 
@@ -194,85 +141,76 @@ PAPER = {
 
 
 class Normalize(nn.Module):
-    """(obs - mean) / std, buffers of the networks, so that a saved one takes raw observations: (B, O) -> (B, O)."""
+    """(obs - mean) / std, with buffers, so that a saved network takes raw observations: (B, O) -> (B, O)."""
 
     def __init__(self, obs_dim: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(obs_dim))
         self.register_buffer("std", torch.ones(obs_dim))
 
-    def fit(self, obs: torch.Tensor) -> None:
-        self.mean.copy_(obs.mean(0))
-        self.std.copy_(obs.std(0).clamp(min=1e-3))
-
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor) -> Tensor:
         return (obs - self.mean) / self.std
 
 
-class Output(nn.Linear):
-    """The last layer of a critic, in float32 whatever `--bf16` says: bfloat16 would round a V of 50 to quarters."""
+def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
+    """Let every Normalize in these networks standardise observations like `obs`, (N, O)."""
+    for module in (module for network in networks for module in network.modules()):
+        if isinstance(module, Normalize):
+            module.mean.copy_(obs.mean(0))
+            module.std.copy_(obs.std(0, unbiased=False).clamp(min=1e-3))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.to(self.weight.dtype))
 
-
-def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
+def mlp(*sizes: int) -> nn.Sequential:
     """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
-    # differs from GMPO's and IDQL's code: they have torch's default and Xavier-uniform; one critic serves all files
+    # differs from GMPO's and IDQL's code: critic weights start orthogonal, as in IQL; GMPO's code uses torch's default,
+    # IDQL's Xavier-uniform
     layers = []
-    for i, (size_in, size_out) in enumerate(pairwise(sizes)):
-        linear = (Output if i == len(sizes) - 2 else nn.Linear)(size_in, size_out)
+    for size_in, size_out in zip(sizes[:-1], sizes[1:]):
+        linear = nn.Linear(size_in, size_out)
         nn.init.orthogonal_(linear.weight, math.sqrt(2))
         nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ReLU(), *([nn.Dropout(dropout)] if dropout else [])]
-    return nn.Sequential(*layers[: -2 if dropout else -1])
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 class TwinQ(nn.Module):
-    """Two independent critics Q_1, Q_2, a layer of both in one batched product: (B, O), (B, A) -> (2, B)."""
+    """Two independent critics Q_1, Q_2: (B, O), (B, A) -> (2, B)."""
 
-    def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
-        self.normalize = normalize
-        pairs = list(zip(*(mlp(obs_dim + action_dim, 256, 256, 1)[::2] for _ in range(2))))  # the linear layers
-        self.weights = nn.ParameterList(torch.stack([one.weight, two.weight]) for one, two in pairs)  # (2, out, in)
-        self.biases = nn.ParameterList(torch.stack([one.bias, two.bias])[:, None] for one, two in pairs)  # (2, 1, out)
+        self.normalize = Normalize(obs_dim)
+        self.q1, self.q2 = mlp(obs_dim + action_dim, 256, 256, 1), mlp(obs_dim + action_dim, 256, 256, 1)
 
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([self.normalize(obs), action], -1).expand(2, -1, -1)
-        *hidden, (weight, bias) = zip(self.weights, self.biases)
-        for w, b in hidden:
-            x = torch.baddbmm(b, x, w.mT).relu()  # (2, B, 256)
-        with torch.autocast(x.device.type, enabled=False):  # as in Output
-            return torch.baddbmm(bias, x.to(weight.dtype), weight.mT).squeeze(-1)
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        x = torch.cat([self.normalize(obs), action], -1)
+        return torch.stack([self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)])
 
 
 class Value(nn.Module):
     """V: (B, O) -> (B,)."""
 
-    def __init__(self, normalize: Normalize, obs_dim: int):
+    def __init__(self, obs_dim: int):
         super().__init__()
-        self.normalize, self.net = normalize, mlp(obs_dim, 256, 256, 1)
+        self.normalize, self.net = Normalize(obs_dim), mlp(obs_dim, 256, 256, 1)
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor) -> Tensor:
         return self.net(self.normalize(obs)).squeeze(-1)
 
 
 class StateMLP(nn.Module):
     """net(x_t, t, s), the state beside the noisy action: (B, A), (B,), (B, O) -> (B, A)."""
 
-    # differs from the paper: its net (`--network paper`) is 11 times as large and sees the state through 32 numbers
+    # differs from the paper: on data that are not D4RL's the net is this one, an eleventh of the size of the paper's
 
-    def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int, width: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
-        self.normalize, self.action_dim = normalize, action_dim
+        self.normalize, self.action_dim = Normalize(obs_dim), action_dim
         self.register_buffer("frequencies", math.pi * torch.arange(1, 9))
-        sizes = [action_dim + 16 + obs_dim, width, width, width]
-        hidden = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.SiLU())]
-        self.net = nn.Sequential(*hidden, nn.Linear(width, action_dim))
+        first, last = nn.Linear(action_dim + 16 + obs_dim, 256), nn.Linear(256, action_dim)
+        between = [nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU()]
+        self.net = nn.Sequential(first, *between, last)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, t: Tensor, obs: Tensor) -> Tensor:
         angle = t[:, None] * self.frequencies  # (B, 8)
         return self.net(torch.cat([x, angle.cos(), angle.sin(), self.normalize(obs)], -1))
 
@@ -286,7 +224,7 @@ class PaperBlock(nn.Module):
         self.embedding = nn.Linear(128, size_out)
         self.skip = nn.Linear(size_in, size_out) if size_in != size_out else nn.Identity()
 
-    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = F.silu(self.first(x)) + self.embedding(F.silu(embedding))
         return F.silu(self.second(h)) + self.skip(x)
 
@@ -294,9 +232,9 @@ class PaperBlock(nn.Module):
 class PaperNet(nn.Module):
     """The reference's net(x_t, t, s), U-shaped, the state in the embedding only: (B, A), (B,), (B, O) -> (B, A)."""
 
-    def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
-        self.normalize, self.action_dim = normalize, action_dim
+        self.normalize, self.action_dim = Normalize(obs_dim), action_dim
         self.register_buffer("frequencies", 30 * 2 * math.pi * torch.randn(16))
         self.condition = nn.Linear(obs_dim, 32)
         self.embed = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 128))
@@ -305,19 +243,22 @@ class PaperNet(nn.Module):
         self.up = nn.ModuleList([PaperBlock(256, 256), PaperBlock(512, 512)])
         self.head = nn.Linear(1024, action_dim)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, t: Tensor, obs: Tensor) -> Tensor:
         angle = t[:, None] * self.frequencies  # (B, 16)
         embedding = self.embed(torch.cat([angle.sin(), angle.cos(), F.silu(self.condition(self.normalize(obs)))], -1))
         skips = []
         for block in self.down:
-            skips.append(x := block(x, embedding))
+            x = block(x, embedding)
+            skips.append(x)
         x = self.middle(x, embedding)
         for block in self.up:
             x = block(torch.cat([x, skips.pop()], -1), embedding)
         return self.head(torch.cat([x, skips.pop()], -1))
 
 
-NETWORKS = {"mlp": StateMLP, "paper": PaperNet}
+def make_policy(obs_dim: int, action_dim: int, args: Args) -> nn.Module:
+    """An untrained net(x_t, t, s)."""
+    return PaperNet(obs_dim, action_dim) if args.network == "paper" else StateMLP(obs_dim, action_dim)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -327,7 +268,7 @@ NETWORKS = {"mlp": StateMLP, "paper": PaperNet}
 PREDICTS = {"vp": "velocity", "gvp": "velocity", "icfm": "velocity"}
 
 
-def alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+def alpha_sigma(t: Tensor, path: str) -> tuple[Tensor, Tensor]:
     """alpha_t and sigma_t of Eq. (4), of t's shape."""
     if path == "vp":  # beta_t = 0.1 + 19.9 t and alpha_t = exp(-1/2 int_0^t beta)
         log_alpha = -19.9 / 4 * t**2 - 0.1 / 2 * t
@@ -337,7 +278,7 @@ def alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]
     return 1 - t, t
 
 
-def d_alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+def d_alpha_sigma(t: Tensor, path: str) -> tuple[Tensor, Tensor]:
     """Their derivatives by t; sigma'_t of vp is infinite at t = 0."""
     alpha, sigma = alpha_sigma(t, path)
     if path == "vp":
@@ -349,27 +290,19 @@ def d_alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tenso
     return -torch.ones_like(t), torch.ones_like(t)
 
 
-def matching_noise(shape: tuple[int, ...], action_dim: int, args: Args, generator: torch.Generator) -> dict:
-    """What `matching_loss` draws for samples of any shape (...): t (...), eps (..., A), for icfm also blur (..., A)."""
-    same = dict(device=generator.device, generator=generator)
-    noise = {"t": torch.rand(shape, **same), "eps": torch.randn(*shape, action_dim, **same)}
-    return noise | ({"blur": torch.randn(*shape, action_dim, **same)} if args.path == "icfm" else {})
-
-
-def matching_loss(net: nn.Module, action: torch.Tensor, obs: torch.Tensor, noise: dict, args: Args) -> torch.Tensor:
-    """Eq. (5) of each sample, summed over action dimensions: (B, A), (B, O) -> (B,). Noise: see `matching_noise`."""
-    t, eps = noise["t"].clamp(min=1e-5), noise["eps"]  # sigma'_t of vp is infinite at 0
+def matching_loss(net: nn.Module, obs: Tensor, action: Tensor, args: Args) -> Tensor:
+    """Eq. (5) of each sample, summed over action dimensions: (B, O), (B, A) -> (B,)."""
+    # differs from the reference code: there icfm adds noise of 0.1 to x_t, which blurs the learnt actions by as much
+    eps = torch.randn_like(action)
+    t = 1e-5 + (1 - 1e-5) * torch.rand(len(action), device=action.device)  # (B,); sigma'_t of vp is infinite at 0
     alpha, sigma = alpha_sigma(t[:, None], args.path)
-    x = alpha * action + sigma * eps  # Eq. (4)
     d_alpha, d_sigma = d_alpha_sigma(t[:, None], args.path)
+    x = alpha * action + sigma * eps  # Eq. (4)
     target = eps if PREDICTS[args.path] == "noise" else d_alpha * action + d_sigma * eps
-    if args.path == "icfm":
-        # differs from the reference code: no such noise by default; its 0.1 adds that standard deviation to the actions
-        x = x + args.icfm_sigma * noise["blur"]
     return 0.5 * (net(x, t, obs) - target).square().sum(-1)  # Eq. (5)
 
 
-def velocity(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor, path: str) -> torch.Tensor:
+def velocity(net: nn.Module, x: Tensor, t: Tensor, obs: Tensor, path: str) -> Tensor:
     """dx/dt of Eq. (6), towards the noise: (B, A), (), (B, O) -> (B, A)."""
     out = net(x, t.expand(len(x)), obs)
     if PREDICTS[path] == "velocity":
@@ -387,45 +320,34 @@ def velocity(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor
 class Critic(nn.Module):
     """Q, its slow copy Q', and V."""
 
-    def __init__(self, normalize: Normalize, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
-        self.q, self.v = TwinQ(normalize, obs_dim, action_dim), Value(normalize, obs_dim)
-        self.target_q = copy.deepcopy(self.q, {id(normalize): normalize}).requires_grad_(False)  # one Normalize for all
+        self.q, self.v = TwinQ(obs_dim, action_dim), Value(obs_dim)
+        self.target_q = copy.deepcopy(self.q).requires_grad_(False)
 
 
-def f(u: torch.Tensor, args: Args) -> torch.Tensor:
-    """The asymmetric loss of Eq. (1), elementwise, at u = Q - V."""
-    if args.critic_loss == "exponential":  # exp(alpha u) - alpha u, its exponential continued linearly above linex_max
-        x = args.linex_alpha * u
-        knee = math.log(args.linex_max)
-        return torch.exp(x.clamp(max=knee)) + args.linex_max * (x - knee).clamp(min=0) - x
-    share = torch.where(u > 0, args.expectile, 1 - args.expectile)
-    return share * u.square() if args.critic_loss == "expectile" else share * u.abs()
+def f(u: Tensor, args: Args) -> Tensor:
+    """The expectile loss of Eq. (1), elementwise at u = Q - V."""
+    return torch.where(u > 0, args.expectile, 1 - args.expectile) * u.square()
 
 
-def v_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
-    """Eq. (1)."""
+def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tensor, dict]:
+    """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. Rewards are scaled by the dataset."""
     with torch.no_grad():
-        q = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
-    v = critic.v(batch.obs)
-    loss = f(q - v, args).mean()
-    return loss, {"critic/v_loss": loss.detach(), "critic/v": v.detach().mean()}
-
-
-def q_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
-    """Eq. (2), with V as Eq. (1) has just left it."""
-    with torch.no_grad():
-        # differs from GMPO's code: V as it is after its own step, as in IQL and IDQL; theirs is the V before it
-        target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
-    q = critic.q(batch.obs, batch.action)  # (2, B)
-    loss = (q - target).square().mean(-1).sum()
-    return loss, {"critic/q_loss": loss.detach(), "critic/q": q.detach().mean()}
+        q_slow = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
+        # differs from IQL's and IDQL's code: V as it is before its own step, as in GMPO's code; theirs is after it
+        q_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
+    v, q = critic.v(batch.obs), critic.q(batch.obs, batch.action)  # (B,), (2, B)
+    v_loss = f(q_slow - v, args).mean()  # Eq. (1)
+    q_loss = (q_target - q).square().mean(-1).sum()  # Eq. (2)
+    means = {"critic/v": v.detach().mean(), "critic/q": q.detach().mean()}
+    return v_loss + q_loss, {"critic/v_loss": v_loss.detach(), "critic/q_loss": q_loss.detach(), **means}
 
 
 @torch.no_grad()
-def update_target(target: list[torch.Tensor], online: list[torch.Tensor], target_rate: float) -> None:
+def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> None:
     """Eq. (3), in place: target_rate is the share of the NEW weights."""
-    for old, new in zip(target, online):
+    for old, new in zip(target.parameters(), online.parameters()):
         old.lerp_(new, target_rate)
 
 
@@ -436,250 +358,164 @@ def update_target(target: list[torch.Tensor], online: list[torch.Tensor], target
 NODES = dict(method="euler", power=2.0)
 
 
-def drive(net: nn.Module, obs: torch.Tensor, args: Args) -> Callable:
-    """The right side of Eq. (6) for the samplers: (x, t) -> dx/dt."""
-    return lambda x, t: velocity(net, x, t, obs, args.path)
-
-
-def policy_noise(shape: tuple[int, ...], action_dim: int, args: Args, generator: torch.Generator) -> dict:
-    """What `policy_loss` draws, for samples of any shape (...): the start x (..., A), what else `args` asks for."""
-    noise = {"x": torch.randn(*shape, action_dim, device=generator.device, generator=generator)}
-    if args.gradient == "matching":
-        noise |= matching_noise(shape, action_dim, args, generator)
-    if args.divergence == "hutchinson" or (args.divergence == "auto" and action_dim > 24):  # one probe a solve
-        noise |= {name: samplers.rademacher_like(noise["x"], generator) for name in ("probe", "score_probe")}
-    return noise
-
-
-def kl_terms(
-    policy: nn.Module, behaviour: nn.Module, obs: torch.Tensor, noise: dict, args: Args
-) -> tuple[torch.Tensor, ...]:
-    """An action a, log pi(a|s) and log mu(a|s) by Eq. (13), and the error of the latter: (B, A) and three of (B,).
-
-    Noise: see `policy_noise`.
-    """
+def kl_terms(policy: nn.Module, behaviour: nn.Module, obs: Tensor, args: Args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The policy's action, its log pi and log mu by Eq. (13), the error of the latter: (B, A) and three of (B,)."""
     # differs from the reference code: there the likelihood detaches its state, so that the KL has a wrong gradient
-    # differs from the reference code: three solves of 999 steps, each with an error of discretisation, are two of 16
-    # without; and a Hutchinson probe is drawn once a solve, where theirs is another in the backward pass
-    nodes = dict(NODES, steps=args.sampler_steps, probe=noise.get("probe"))
-    action, log_pi = samplers.ode_with_log_density(drive(policy, obs, args), noise["x"], **nodes)
-    log_mu, error = samplers.log_density(drive(behaviour, obs, args), action, **nodes)
+    # differs from the reference code: it solves three ODEs of 999 steps, each with discretisation error, and estimates
+    # log-determinants by Hutchinson's method; here are two of 16 steps, without either error
+    x = torch.randn(len(obs), policy.action_dim, device=obs.device)
+    pi, mu = (lambda x, t, net=net: velocity(net, x, t, obs, args.path) for net in (policy, behaviour))
+    action, log_pi = samplers.ode_with_log_density(pi, x, args.sampler_steps, **NODES)
+    log_mu, error = samplers.log_density(mu, action, args.sampler_steps, **NODES)
     return action, log_pi, log_mu, error
 
 
-def transport(net: nn.Module, obs: torch.Tensor, x: torch.Tensor, args: Args) -> torch.Tensor:
-    """Eq. (12): noise x to actions, (B, O), (B, A) -> (B, A) in [-1, 1]."""
-    return samplers.ode(drive(net, obs, args), x, args.sampler_steps, **NODES).clamp(-1, 1)
-
-
-def matching_regularised(models: dict, batch: datasets.Batch, noise: dict, args: Args) -> tuple[torch.Tensor, dict]:
-    """-beta Q of the policy's actions, with Eq. (5) on the data in the place of the KL."""
-    # differs from the reference code: there the matching loss is the behaviour model's, and moves nothing
-    q = models["critic"].q(batch.obs, transport(models["policy"], batch.obs, noise["x"], args)).amin(0)
-    loss = (matching_loss(models["policy"], batch.action, batch.obs, noise, args) - args.beta * q).mean()
-    return loss, {"policy/loss": loss.detach(), "policy/q": q.detach().mean()}
-
-
-def policy_loss(models: dict, batch: datasets.Batch, noise: dict, args: Args) -> tuple[torch.Tensor, dict]:
-    """Eq. (14), by the gradient that `--gradient` names. Noise: see `policy_noise`."""
-    if args.gradient == "matching":
-        return matching_regularised(models, batch, noise, args)
-    policy, critic = models["policy"], models["critic"]
-    with torch.set_grad_enabled(args.gradient == "pathwise"):
-        action, log_pi, log_mu, error = kl_terms(policy, models["behaviour"], batch.obs, noise, args)
-        q = critic.q(batch.obs, action.clamp(-1, 1)).amin(0)
-        each = -args.beta * q + log_pi - log_mu  # (B,)
-    if args.gradient == "reinforce":  # E[grad log pi (each - b(s))] is the same gradient, for any baseline b
-        baseline = -args.beta * critic.v(batch.obs)
-        nodes = dict(NODES, steps=args.sampler_steps, probe=noise.get("score_probe"))
-        score, _ = samplers.log_density(drive(policy, batch.obs, args), action, **nodes)
-        loss = ((each - baseline).detach() * score).mean()
-    else:
-        loss = each.mean()
+def policy_loss(
+    policy: nn.Module, behaviour: nn.Module, critic: Critic, obs: Tensor, args: Args
+) -> tuple[Tensor, dict]:
+    """Eq. (14). Its gradient goes through every step of the sampler."""
+    action, log_pi, log_mu, error = kl_terms(policy, behaviour, obs, args)
+    q = critic.q(obs, action.clamp(-1, 1)).amin(0)  # (B,)
+    loss = (-args.beta * q + log_pi - log_mu).mean()
     kl = (log_pi - log_mu).detach().mean()
     metrics = {"policy/q": q.detach().mean(), "policy/kl": kl, "policy/undone": error.amax()}
     return loss, {"policy/loss": loss.detach(), **metrics}
 
 
-def acting_noise(batch: int, action_dim: int, args: Args, generator: torch.Generator) -> dict:
-    """What `act` draws: the start, (B, A)."""
-    return {"x": torch.randn(batch, action_dim, device=generator.device, generator=generator)}
-
-
-def act(models: dict, obs: torch.Tensor, noise: dict, args: Args) -> torch.Tensor:
-    """(B, O) -> (B, A) in [-1, 1]. Noise: see `acting_noise`."""
-    return transport(models["policy"], obs, args.act_noise * noise["x"], args)
-
-
-def play(models: dict, obs: torch.Tensor, args: Args, generator: torch.Generator) -> torch.Tensor:
-    """`act` with noise from `generator`: (B, O) -> (B, A)."""
-    return act(models, obs, acting_noise(len(obs), models["policy"].action_dim, args, generator), args)
-
-
-def load_models(path: str | Path, device: str = "cpu") -> tuple[dict[str, nn.Module], Args]:
-    """The networks and arguments of a run: its folder or checkpoint.pt."""
-    checkpoint = runs.load_checkpoint(path)
-    args = Args(**checkpoint["args"] | {"device": device})
-    models = build(*checkpoint["sizes"], args)
-    for name, model in models.items():
-        model.to(device).load_state_dict(checkpoint[name])
-    return models, args
-
-
-def load_policy(path: str | Path, device: str = "cpu", seed: int = 0) -> Callable:
-    """A run's policy as act(obs): numpy or torch, (B, O) or (O,) -> actions in kind; its noise comes from `seed`."""
-    (models, args), generator = load_models(path, device), torch.Generator(device).manual_seed(seed)
-    return runs.numpy_or_torch(lambda obs: play(models, obs, args, generator), device)
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# 6. Evaluation
-
-
-@torch.no_grad()
-def evaluate(
-    seeds: Seeds, actor: Callable, data: datasets.Dataset, run: runs.Run, args: Args, step: int
-) -> dict[str, np.ndarray]:
-    """Scores of args.eval_episodes episodes a seed, all in lock-step, one batched policy call a step: each (S,).
-
-    Every seed has a random stream of its own here, so that evaluating more often changes no weight.
-    """
-    streams = [training.generator(args.device, seed, step, 1) for seed in seeds.numbers]
-    if args.env == "bandit":
-        parts = zip(streams, run.folders)
-        return training.gather(seeds.each(lambda models, _: evaluate_bandit(models, data, *next(parts), args, step)))
-    if args.eval_env is None:
-        return {}
-    each = args.eval_episodes
-    starts = [int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) for seed in seeds.numbers]
-    envs = gymnasium.vector.SyncVectorEnv([partial(environments.make, args.eval_env)] * (seeds.count * each))
-    obs, _ = envs.reset(seed=[start + k for start in starts for k in range(each)])
-    total, over = np.zeros(len(obs)), np.zeros(len(obs), bool)
-    while not over.all():
-        batch = seeds.split(torch.as_tensor(obs, dtype=torch.float32, device=args.device))
-        noise = seeds.join([acting_noise(each, data.action_dim, args, stream) for stream in streams])
-        action = actor(obs=batch, **noise)["action"].flatten(0, -2)  # (S B, A)
-        obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
-        total += reward * ~over  # a finished environment starts again; those rewards do not count
-        over |= terminated | truncated
-    envs.close()
-    total = total.reshape(seeds.count, each)
-    metrics = {"eval/return": total.mean(1), "eval/return_std": total.std(1)}
-    score = environments.normalized_score(total, args.eval_env)
-    return metrics if score is None else metrics | {"eval/score": score.mean(1), "eval/score_std": score.std(1)}
-
-
-def evaluate_bandit(
-    models: dict, data: datasets.Dataset, stream: torch.Generator, folder: runs.Folder, args: Args, step: int
-) -> dict[str, float]:
-    """Samples against the closed form mu exp(beta Q) / Z."""
-    action = play(models, data.obs[:4096], args, stream)
-    return bandit.report(action, torch.softmax(args.beta * bandit.REWARDS, -1), folder, step)
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# 7. Training
-
-
-def build(obs_dim: int, action_dim: int, args: Args) -> dict[str, nn.Module]:
-    """The networks of a run, untrained."""
-    normalize, net = Normalize(obs_dim), NETWORKS[args.network]
-    models = {"critic": Critic(normalize, obs_dim, action_dim)}
-    return models | {name: net(normalize, obs_dim, action_dim) for name in ("behaviour", "policy")}
-
-
-def descend(seeds: Seeds, optimizer: Adam, loss: Callable, *inputs) -> dict:
-    """One gradient step down `loss(models, *inputs) -> (loss, metrics)`; returns the metrics."""
-    with seeds.autocast():
-        value, metrics = seeds(loss, *inputs)
-    optimizer.step(torch.autograd.grad(value.sum(), optimizer.parameters))  # the sum over seeds: each has its own
-    return metrics
-
-
-def critic_step(seeds: Seeds, optimizers: dict, batch: datasets.Batch, args: Args) -> dict:
-    """Eqs. (1), (2), (3), in this order, and in place."""
-    metrics = descend(seeds, optimizers["v_optimizer"], lambda m, batch: v_loss(m["critic"], batch, args), batch)
-    metrics |= descend(seeds, optimizers["q_optimizer"], lambda m, batch: q_loss(m["critic"], batch, args), batch)
-    update_target(seeds.parameters("critic.target_q"), seeds.parameters("critic.q"), args.target_rate)
-    return metrics
-
-
-def policy_step(seeds: Seeds, optimizer: Adam, batch: datasets.Batch, noise: dict, args: Args) -> dict:
-    """Eq. (14), its gradient clipped; never in bfloat16, which is too coarse for densities."""
-    loss, metrics = seeds(partial(policy_loss, args=args), batch, noise)
-    gradients = torch.autograd.grad(loss.sum(), optimizer.parameters)  # of the policy alone: mu and Q are frozen
-    # differs from the reference code: no clipping there; one sample near a fold of the sampler can ruin a run
-    optimizer.step(training.clip(gradients, args.grad_norm, seeds))
-    return metrics
-
-
-def draw(n: int, generator: torch.Generator, phase: str, data: datasets.Dataset, args: Args) -> dict:
-    """The random numbers of n steps of a phase: name -> (n, ...)."""
-    shape = n, args.policy_batch_size if phase == "policy" else args.batch_size
-    numbers = {"index": torch.randint(len(data), shape, device=args.device, generator=generator)}
-    if phase == "critic":
-        return numbers
-    return numbers | {"behaviour": matching_noise, "policy": policy_noise}[phase](
-        shape, data.action_dim, args, generator
+def act(policy: nn.Module, obs: Tensor, args: Args) -> Tensor:
+    """Eq. (12): noise to actions, (B, O) -> (B, A) in [-1, 1]."""
+    x = args.act_noise * torch.randn(len(obs), policy.action_dim, device=obs.device)
+    return samplers.ode(lambda x, t: velocity(policy, x, t, obs, args.path), x, args.sampler_steps, **NODES).clamp(
+        -1, 1
     )
 
 
-def optimizers_of(seeds: Seeds, args: Args) -> dict[str, Adam]:
-    """One for each part that is trained."""
-    return {
-        "v_optimizer": Adam(seeds, "critic.v", args.critic_lr),
-        "q_optimizer": Adam(seeds, "critic.q", args.critic_lr),
-        "behaviour_optimizer": Adam(seeds, "behaviour", args.behaviour_lr, args.behaviour_steps),
-        "policy_optimizer": Adam(seeds, "policy", args.policy_lr, args.policy_steps if args.lr_decay else None),
-    }
+def load_net(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Args]:
+    """The trained net of a run (its folder or checkpoint), and its arguments. Raises UserError if it can't be read."""
+    checkpoint = trained.load_checkpoint(path, "gmpg")
+    args = trained.saved_args(checkpoint, Args)
+    net = make_policy(*checkpoint["sizes"], args).to(device)
+    net.load_state_dict(checkpoint["policy"])
+    return net, args
 
 
-def updates(seeds: Seeds, optimizers: dict, data: datasets.Dataset, args: Args) -> dict[str, Callable]:
-    """The gradient step of each phase, a function of its random numbers."""
+def load_policy(path: str | Path, device: str = "cpu") -> Callable:
+    """A run's policy as a function, (B, O) or (O,) -> actions in [-1, 1], numpy or torch, which answers in kind.
 
-    def behaviour_loss(models: dict, batch: datasets.Batch, noise: dict) -> tuple[torch.Tensor, dict]:
-        loss = matching_loss(models["behaviour"], batch.action, batch.obs, noise, args).mean()
-        return loss, {"behaviour/loss": loss.detach()}
+    Its noise comes from torch's default generator. Raises UserError if the run can't be read.
+    """
+    policy, args = load_net(path, device)
+    return trained.numpy_or_torch(lambda obs: act(policy, obs, args), len(policy.normalize.mean), device)
 
-    def behaviour(index: torch.Tensor, **noise: torch.Tensor) -> dict:
-        return descend(seeds, optimizers["behaviour_optimizer"], behaviour_loss, data[index], noise)
 
-    def policy(index: torch.Tensor, **noise: torch.Tensor) -> dict:
-        return policy_step(seeds, optimizers["policy_optimizer"], data[index], noise, args)
+# ------------------------------------------------------------------------------------------------------------------
+# 6. Training
 
-    critic = lambda index: critic_step(seeds, optimizers, data[index], args)  # noqa: E731
-    return {"critic": critic, "behaviour": behaviour, "policy": policy}
+
+@torch.no_grad()
+def evaluate(actor: Callable, run: runs.Run, args: Args) -> dict:
+    """The scores of `actor`, (B, O) -> (B, A), over args.eval_episodes episodes."""
+    with torch.random.fork_rng():  # training goes on as if there had been no evaluation
+        torch.manual_seed(args.seed + run.step)
+        if args.env == "bandit":
+            return evaluate_bandit(actor, run, args)
+        return run.scores(actor) if args.eval_env else {}
+
+
+def evaluate_bandit(actor: Callable, run: runs.Run, args: Args) -> dict:
+    """The policy's actions against the closed form mu exp(beta Q) / Z."""
+    target = torch.softmax(args.beta * bandit.REWARDS, -1)
+    metrics, figure = bandit.report(actor(torch.zeros(4096, 1, device=args.device)), target)
+    run.picture("bandit", figure)
+    return metrics
+
+
+def cosine(step: int, steps: int) -> float:
+    """The factor of a learning rate that falls from 1 to 0 within `steps`."""
+    return 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
 
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args = runs.fill_in(args, PAPER)
-    run = runs.Run(args, "gmpg")
-    data = datasets.load(args.env, args.device, args.eval_env, args.allow_unverified)
-    sizes = data.obs_dim, data.action_dim
-    seeds = Seeds(lambda seed: runs.prepare(build(*sizes, args), data, args, seed), args)
-    optimizers = optimizers_of(seeds, args)
-    start = run.restore(seeds, optimizers)
-    steps = {phase: Update(update, args) for phase, update in updates(seeds, optimizers, data, args).items()}
-    draws = {phase: Draws(seeds, partial(draw, phase=phase, data=data, args=args)) for phase in steps}
-    actor = Update(lambda obs, **noise: {"action": seeds(partial(act, args=args), obs, noise)}, args)
-    if args.eval_only:
-        run.film(seeds, play)
-        return run.show(evaluate(seeds, actor, data, run, args, start))
+    args, data = arguments.prepare(args, SETTINGS, "gmpg")
+    torch.manual_seed(args.seed)
+    critic = Critic(data.obs_dim, data.action_dim).to(args.device)
+    behaviour = make_policy(data.obs_dim, data.action_dim, args).to(args.device)  # the model of mu
+    policy = make_policy(data.obs_dim, data.action_dim, args).to(args.device)
+    if args.normalize_obs:
+        fit_normalizers(data.obs, critic, behaviour, policy)
+    if args.critic:
+        trained.load_critic(critic, args)
 
-    policy_start = args.critic_steps + args.behaviour_steps  # the phases: critic, behaviour, policy
-    total = policy_start + args.policy_steps
-    for step in run.steps(start, total):
-        phase = "critic" if step <= args.critic_steps else "behaviour" if step <= policy_start else "policy"
-        if step == policy_start + 1:
-            seeds.copy("behaviour", "policy")  # the warm start
-        metrics = steps[phase](**draws[phase](step))
-        if phase == "policy" and (step % args.eval_every == 0 or step == total):
-            metrics |= evaluate(seeds, actor, data, run, args, step)
-        run.record(step, metrics, seeds, optimizers, sizes=sizes)
-    run.film(seeds, play)
-    return run.finish()
+    # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
+    adam = dict(fused=True, capturable=args.cudagraph)
+    critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)
+    behaviour_lr = torch.tensor(args.behaviour_lr, device=args.device)
+    behaviour_optimizer = torch.optim.Adam(behaviour.parameters(), lr=behaviour_lr, **adam)
+    behaviour_schedule = LambdaLR(behaviour_optimizer, partial(cosine, steps=args.behaviour_steps))
+    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.policy_lr, **adam)
+    critic_loss_fn, matching_loss_fn, policy_loss_fn, act_fn = (
+        torch.compile(f) if args.compile else f for f in (critic_loss, matching_loss, policy_loss, act)
+    )
+
+    def critic_update() -> dict:
+        loss, metrics = critic_loss_fn(critic, data.sample(args.batch_size), args)  # Eqs. (1), (2)
+        critic_optimizer.zero_grad()
+        loss.backward()
+        critic_optimizer.step()
+        update_target(critic.target_q, critic.q, args.target_rate)  # Eq. (3)
+        return metrics
+
+    def behaviour_update() -> dict:
+        batch = data.sample(args.batch_size)
+        loss = matching_loss_fn(behaviour, batch.obs, batch.action, args).mean()  # Eq. (5)
+        behaviour_optimizer.zero_grad()
+        loss.backward()
+        behaviour_optimizer.step()
+        return {"behaviour/loss": loss.detach()}
+
+    def policy_update() -> dict:
+        obs = data.sample(args.policy_batch_size).obs
+        loss, metrics = policy_loss_fn(policy, behaviour, critic, obs, args)  # Eq. (14)
+        policy_optimizer.zero_grad()
+        loss.backward(inputs=list(policy.parameters()))  # mu and Q are left as they are
+        # differs from the reference code: no clipping there; one sample near a fold of the sampler can ruin a run
+        nn.utils.clip_grad_norm_(policy.parameters(), args.grad_norm)
+        policy_optimizer.step()
+        return metrics
+
+    if args.cudagraph:
+        critic_update, behaviour_update, policy_update = map(
+            runs.captured, (critic_update, behaviour_update, policy_update)
+        )
+    run = runs.Run(
+        args, "gmpg", data,
+        {"critic": args.critic_steps, "behaviour": args.behaviour_steps, "policy": args.policy_steps},
+        critic=critic, behaviour=behaviour, policy=policy, critic_optimizer=critic_optimizer,
+        behaviour_optimizer=behaviour_optimizer, behaviour_schedule=behaviour_schedule,
+        policy_optimizer=policy_optimizer,
+    )  # fmt: skip
+    start = run.restore()
+    actor = partial(act_fn, policy, args=args)  # (B, O) -> (B, A)
+    if args.eval_only:
+        return run.show(evaluate(actor, run, args), actor)
+
+    for step, phase in run.steps(start):
+        if phase == "critic":
+            metrics = critic_update()
+        elif phase == "behaviour":
+            metrics = behaviour_update()
+            behaviour_schedule.step()
+        else:
+            if step == run.total - args.policy_steps + 1:
+                policy.load_state_dict(behaviour.state_dict())  # the policy starts as the model of mu
+            metrics = policy_update()
+            if step % args.eval_every == 0 or step == run.total:
+                metrics |= evaluate(actor, run, args)
+        run.log(step, metrics)
+        run.save(step)
+    return run.finish(actor)
 
 
 if __name__ == "__main__":
-    runs.main(train, Args)
+    arguments.main("gmpg", train, Args, SETTINGS)

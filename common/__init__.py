@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class TrainingError(Exception):
     """Training cannot go on (a loss is NaN, say), told in one sentence. A command exits with code 1."""
+
+
+class Interrupted(Exception):
+    """The run was told to stop, and has saved. Its arguments: the number of the signal, a sentence."""

@@ -6,12 +6,12 @@ things differ: the inertia of a capsule and the margin of a contact. That can ha
 (common/physics.py). AntMaze and Maze2D are in common/mazes.py, Adroit and Kitchen in common/robotics.py.
 """
 
-import itertools
 import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import gymnasium
@@ -239,26 +239,63 @@ def renderer() -> str | None:
     return None
 
 
-@torch.no_grad()
-def record(policy: Callable, args, seed: int, folder: Path) -> None:
-    """One episode in `make(args.eval_env)` as video.mp4 in `folder`.
+def default_episodes(name: str | None) -> int:
+    """How many episodes an evaluation has: 100 in AntMaze, where a return is 0 or 1, else 10."""
+    return 100 if name and family(name) == "antmaze" else 10
 
-    `policy` takes obs (1, O), args and a generator, and returns an action (1, A) in [-1, 1]. The generator is the
-    episode's own, so that filming draws from no other random stream. `check_video` comes first, before any training.
+
+@torch.no_grad()
+def rollout(
+    actor: Callable, name: str, episodes: int, seed: int, device: str = "cpu", limit: int = 1000
+) -> tuple[np.ndarray, np.ndarray]:
+    """Play episodes in `make(name)`, all in lock-step, with one call of `actor` a step, (B, O) -> (B, A) in [-1, 1].
+
+    Returns their undiscounted returns (E,), and the first two numbers of every observation (T, E, 2), NaN when an
+    episode is over: in a maze, where it went. `limit` ends episodes of an environment that has no limit of its own.
+    """
+    envs = gymnasium.vector.SyncVectorEnv([partial(make, name)] * episodes)
+    if getattr(envs.envs[0].spec, "max_episode_steps", None) is None:
+        print(f"{name} has no time limit: an episode ends after {limit} steps (--eval-steps)")
+    else:
+        limit = sys.maxsize
+    obs, _ = envs.reset(seed=[int(k) for k in np.random.SeedSequence(seed).generate_state(episodes)])
+    total, over, places = np.zeros(episodes), np.zeros(episodes, bool), []
+    while not over.all() and len(places) < limit:
+        places.append(np.where(over[:, None], np.nan, obs[:, :2]))
+        action = actor(torch.as_tensor(obs, dtype=torch.float32, device=device))
+        obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
+        total += reward * ~over  # a finished environment starts again; those rewards do not count
+        over |= terminated | truncated
+    envs.close()
+    return total, np.stack(places)
+
+
+def score_metrics(returns: np.ndarray, name: str) -> dict[str, float]:
+    """The scalars of an evaluation with these returns (E,) in `make(name)`."""
+    metrics, score = {"eval/return": returns.mean(), "eval/return_std": returns.std()}, normalized_score(returns, name)
+    return metrics if score is None else metrics | {"eval/score": score.mean(), "eval/score_std": score.std()}
+
+
+@torch.no_grad()
+def record(actor: Callable, name: str, seed: int, folder: Path, device: str = "cpu", limit: int = 1000) -> None:
+    """One episode in `make(name)` as video.mp4 in `folder`, played by `actor`, (1, O) -> (1, A) in [-1, 1].
+
+    `check_video` comes first, before any training.
     """
     import imageio.v2 as imageio
 
-    env, generator = make(args.eval_env, "rgb_array"), torch.Generator(args.device).manual_seed(seed)
+    env = make(name, "rgb_array")
     rate = env.metadata.get("render_fps", 30)  # steps a second
     stride = max(1, round(rate / 30))  # steps a frame: drawing takes longer than playing
     obs, over, temporary = env.reset(seed=seed)[0], False, folder / "video.tmp.mp4"
+    limit = getattr(env.spec, "max_episode_steps", None) or limit
     with imageio.get_writer(temporary, fps=rate / stride, macro_block_size=2) as video:
-        for step in itertools.count():
+        for step in range(limit + 1):
             if over or step % stride == 0:
                 video.append_data(env.render())
             if over:
                 break
-            action = policy(torch.as_tensor(obs, dtype=torch.float32, device=args.device)[None], args, generator)
+            action = actor(torch.as_tensor(obs, dtype=torch.float32, device=device)[None])
             obs, _, terminated, truncated, _ = env.step(action[0].cpu().numpy())
             over = terminated or truncated
     env.close()

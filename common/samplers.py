@@ -8,8 +8,8 @@ a 0-dim tensor; a `schedule` is an elementwise callable t -> (alpha, sigma) with
     ddim, sde, dpm_solver_pp, ddpm      from a noise prediction
     ode_with_log_density, log_density   log pi(a) along the sampling, log mu(a) of a given action
 
-Everything is differentiable, a function of its arguments alone (noise is one of them), and never makes the host wait
-for the device.
+Everything is differentiable and never makes the host wait for the device. `sde` and `ddpm` draw noise from torch's
+default generator.
 """
 
 import math
@@ -27,17 +27,11 @@ Step = Callable[[torch.Tensor], torch.Tensor]  # one step of a sampler, (..., A)
 # A noise prediction says nothing about the action where alpha = 0, as at t = 1 of the cosine and the linear path: its
 # samplers begin here. They take N(0, I) for the marginal: wrong by alpha (1.6e-3, 1e-3) of the data's mean and scale.
 NOISE_START = 1.0 - 1e-3
-SERIES_TERMS = 4  # in Hutchinson's estimate of a log-determinant
 
 
 def time_grid(steps: int, x: torch.Tensor, power: float = 1.0) -> torch.Tensor:
     """The nodes (k / steps) ** power from 1 to 0, (steps + 1,): uniform for 1, crowded towards the action for 2."""
     return torch.linspace(1.0, 0.0, steps + 1, device=x.device, dtype=x.dtype) ** power
-
-
-def rademacher_like(x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Independent fair signs, -1 or 1, in x's shape."""
-    return 2.0 * torch.randint(0, 2, x.shape, generator=generator, device=x.device).to(x.dtype) - 1.0
 
 
 # 1. From a velocity. One step of dx/dt = v(x, t), from time t to time s
@@ -106,20 +100,20 @@ def ddim(noise_prediction: Model, schedule: Schedule, x: torch.Tensor, steps: in
     return x
 
 
-def sde(noise_prediction: Model, schedule: Schedule, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """The reverse-time SDE of Song et al. 2021 (arXiv 2011.13456), Eq. (6): (..., A), (steps, ..., A) -> (..., A).
+def sde(noise_prediction: Model, schedule: Schedule, x: torch.Tensor, steps: int) -> torch.Tensor:
+    """The reverse-time SDE of Song et al. 2021 (arXiv 2011.13456), Eq. (6): (..., A) -> (..., A).
 
-    `z` is standard normal, one a step. Each step draws from q(x_s | x_t, a) at the estimated action a: ancestral
+    Each step draws from q(x_s | x_t, a) at the estimated action a: ancestral
     sampling, Eq. (12) of arXiv 2010.02502 with eta = 1. To first order in the step this is Euler-Maruyama, but it needs
     neither the drift and diffusion, infinite where alpha = 0, nor 1 / sigma at t = 0. It is DDIM with a part of the
     noise drawn anew.
     """
-    grid, alphas, sigmas = noise_nodes(schedule, len(z), x)
-    for t, new, (alpha, alpha_next), (sigma, sigma_next) in zip(grid, z, pairwise(alphas), pairwise(sigmas)):
+    grid, alphas, sigmas = noise_nodes(schedule, steps, x)
+    for t, (alpha, alpha_next), (sigma, sigma_next) in zip(grid, pairwise(alphas), pairwise(sigmas)):
         eps = noise_prediction(x, t)
         action = (x - sigma * eps) / alpha
         kept = (alpha * sigma_next) / (alpha_next * sigma)  # in [0, 1): the ratio of alpha / sigma before and after
-        noise = kept * eps + (1 - kept**2).sqrt() * new
+        noise = kept * eps + (1 - kept**2).sqrt() * torch.randn_like(x)
         x = alpha_next * action + sigma_next * noise
     return x
 
@@ -142,14 +136,12 @@ def dpm_solver_pp(noise_prediction: Model, schedule: Schedule, x: torch.Tensor, 
     return x
 
 
-def ddpm(
-    noise_prediction: Model, betas: torch.Tensor, x: torch.Tensor, z: torch.Tensor, clip: bool = True
-) -> torch.Tensor:
+def ddpm(noise_prediction: Model, betas: torch.Tensor, x: torch.Tensor, clip: bool = True) -> torch.Tensor:
     """Ancestral sampling in discrete time: Ho et al. 2020 (arXiv 2006.11239), Algorithm 2: (..., A) -> (..., A).
 
-    `betas` is (T,), and the model gets t = T-1, ..., 0 unscaled. `z`, (T, ..., A), is standard normal: z_t is scaled by
-    sqrt(beta_t), z_0 is not used. `clip` keeps x itself, noise included, in [-1, 1] after every step, as in IDQL
-    (arXiv 2304.10573).
+    `betas` is (T,), and the model gets t = T-1, ..., 0 unscaled. The noise of step t is scaled by sqrt(beta_t); the
+    last step has none. `clip` keeps x itself, noise included, in [-1, 1] after every step, as in IDQL (arXiv
+    2304.10573).
     """
     betas = betas.to(x)
     alpha_bars = (1 - betas).cumprod(0)
@@ -157,7 +149,7 @@ def ddpm(
         eps = noise_prediction(x, torch.full((), i, device=x.device, dtype=x.dtype))
         x = (x - betas[i] / (1 - alpha_bars[i]).sqrt() * eps) / (1 - betas[i]).sqrt()
         if i > 0:
-            x = x + betas[i].sqrt() * z[i]
+            x = x + betas[i].sqrt() * torch.randn_like(x)
         if clip:
             x = x.clamp(-1.0, 1.0)
     return x
@@ -185,22 +177,10 @@ def with_jacobian(step: Step, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return y, vmap(lambda e: pullback(e.expand_as(x))[0], out_dims=-2)(basis)
 
 
-def with_log_det(step: Step, x: torch.Tensor, probe: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """y = step(x) and log |det dy/dx|: (..., A) -> (..., A), (...).
-
-    Exact without a probe. With one, Hutchinson's estimate of the traces in log det(I - N) = -sum_k tr(N^k) / k, for
-    N = I - dy/dx = h J, cut after SERIES_TERMS (Behrmann et al. 2019, arXiv 1811.00995, Algorithm 2): unbiased but for
-    the terms left out, tr(N^5) / 5 + ..., hence good only where h ||J|| is well below 1.
-    """
-    if probe is None:
-        y, jacobian = with_jacobian(step, x)
-        return y, torch.linalg.slogdet(jacobian).logabsdet
-    y, pullback = vjp(step, x)
-    log_det, row = torch.zeros_like(x[..., 0]), probe
-    for k in range(1, SERIES_TERMS + 1):
-        row = row - pullback(row)[0]  # probe' N^k
-        log_det = log_det - (row * probe).sum(-1) / k
-    return y, log_det
+def with_log_det(step: Step, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = step(x) and log |det dy/dx|: (..., A) -> (..., A), (...)."""
+    y, jacobian = with_jacobian(step, x)
+    return y, torch.linalg.slogdet(jacobian).logabsdet
 
 
 def invert(step: Step, y: torch.Tensor, iterations: int) -> torch.Tensor:
@@ -218,33 +198,18 @@ def invert(step: Step, y: torch.Tensor, iterations: int) -> torch.Tensor:
 
 
 def ode_with_log_density(
-    velocity: Model,
-    x: torch.Tensor,
-    steps: int,
-    method: str = "euler",
-    power: float = 1.0,
-    probe: torch.Tensor | None = None,
+    velocity: Model, x: torch.Tensor, steps: int, method: str = "euler", power: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The action of `ode(velocity, x, steps, method, power)` and its log pi(action): (..., A) -> (..., A), (...).
-
-    `probe` is None for exact log-determinants, or one `rademacher_like(x)` for the whole solve to estimate them
-    (Grathwohl et al. 2019, arXiv 1810.01367). Give `log_density` the same one: equal velocities, equal estimates.
-    """
+    """The action of `ode(velocity, x, steps, method, power)` and its log pi(action): (..., A) -> (..., A), (...)."""
     step, log_pi = ode_step(method), log_normal(x)
     for t, s in pairwise(time_grid(steps, x, power)):
-        x, log_det = with_log_det(lambda z, t=t, s=s: step(velocity, z, t, s), x, probe)
+        x, log_det = with_log_det(lambda z, t=t, s=s: step(velocity, z, t, s), x)
         log_pi = log_pi - log_det
     return x, log_pi
 
 
 def log_density(
-    velocity: Model,
-    action: torch.Tensor,
-    steps: int,
-    method: str = "euler",
-    power: float = 1.0,
-    probe: torch.Tensor | None = None,
-    iterations: int = 4,
+    velocity: Model, action: torch.Tensor, steps: int, method: str = "euler", power: float = 1.0, iterations: int = 4
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log mu(action) under the model that `ode_with_log_density` samples, and its error: (..., A) -> (...), (...).
 
@@ -257,7 +222,7 @@ def log_density(
     for s, t in pairwise(time_grid(steps, action, power).flip(0)):
         y, undone = x, lambda z, t=t, s=s: step(velocity, z, t, s)
         x = invert(undone, y, iterations)
-        again, log_det = with_log_det(undone, x, probe)
+        again, log_det = with_log_det(undone, x)
         log_dets = log_dets + log_det
         error = torch.maximum(error, (again - y).detach().abs().amax(-1))
     return log_normal(x) - log_dets, error
