@@ -35,8 +35,8 @@ def read_metrics(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError:
+        return [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if row["step"] > 0]
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; mend or delete it, the run itself does not need it") from None
 
 
