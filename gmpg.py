@@ -34,12 +34,15 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from common import arguments, bandit, datasets, runs, samplers, trained
 from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
@@ -145,11 +148,11 @@ class Normalize(nn.Module):
         self.register_buffer("mean", torch.zeros(obs_dim))
         self.register_buffer("std", torch.ones(obs_dim))
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor) -> Tensor:
         return (obs - self.mean) / self.std
 
 
-def fit_normalizers(obs: torch.Tensor, *networks: nn.Module) -> None:
+def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
     """Let every Normalize in these networks standardise observations like `obs`, (N, O)."""
     for module in (module for network in networks for module in network.modules()):
         if isinstance(module, Normalize):
@@ -178,7 +181,7 @@ class TwinQ(nn.Module):
         self.normalize = Normalize(obs_dim)
         self.q1, self.q2 = mlp(obs_dim + action_dim, 256, 256, 1), mlp(obs_dim + action_dim, 256, 256, 1)
 
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([self.normalize(obs), action], -1)
         return torch.stack([self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)])
 
@@ -190,7 +193,7 @@ class Value(nn.Module):
         super().__init__()
         self.normalize, self.net = Normalize(obs_dim), mlp(obs_dim, 256, 256, 1)
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor) -> Tensor:
         return self.net(self.normalize(obs)).squeeze(-1)
 
 
@@ -203,14 +206,11 @@ class StateMLP(nn.Module):
         super().__init__()
         self.normalize, self.action_dim = Normalize(obs_dim), action_dim
         self.register_buffer("frequencies", math.pi * torch.arange(1, 9))
-        self.net = nn.Sequential(
-            nn.Linear(action_dim + 16 + obs_dim, 256), nn.SiLU(),
-            nn.Linear(256, 256), nn.SiLU(),
-            nn.Linear(256, 256), nn.SiLU(),
-            nn.Linear(256, action_dim),
-        )  # fmt: skip
+        first, last = nn.Linear(action_dim + 16 + obs_dim, 256), nn.Linear(256, action_dim)
+        between = [nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU()]
+        self.net = nn.Sequential(first, *between, last)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, t: Tensor, obs: Tensor) -> Tensor:
         angle = t[:, None] * self.frequencies  # (B, 8)
         return self.net(torch.cat([x, angle.cos(), angle.sin(), self.normalize(obs)], -1))
 
@@ -224,7 +224,7 @@ class PaperBlock(nn.Module):
         self.embedding = nn.Linear(128, size_out)
         self.skip = nn.Linear(size_in, size_out) if size_in != size_out else nn.Identity()
 
-    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = F.silu(self.first(x)) + self.embedding(F.silu(embedding))
         return F.silu(self.second(h)) + self.skip(x)
 
@@ -243,7 +243,7 @@ class PaperNet(nn.Module):
         self.up = nn.ModuleList([PaperBlock(256, 256), PaperBlock(512, 512)])
         self.head = nn.Linear(1024, action_dim)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, t: Tensor, obs: Tensor) -> Tensor:
         angle = t[:, None] * self.frequencies  # (B, 16)
         embedding = self.embed(torch.cat([angle.sin(), angle.cos(), F.silu(self.condition(self.normalize(obs)))], -1))
         skips = []
@@ -268,7 +268,7 @@ def make_policy(obs_dim: int, action_dim: int, args: Args) -> nn.Module:
 PREDICTS = {"vp": "velocity", "gvp": "velocity", "icfm": "velocity"}
 
 
-def alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+def alpha_sigma(t: Tensor, path: str) -> tuple[Tensor, Tensor]:
     """alpha_t and sigma_t of Eq. (4), of t's shape."""
     if path == "vp":  # beta_t = 0.1 + 19.9 t and alpha_t = exp(-1/2 int_0^t beta)
         log_alpha = -19.9 / 4 * t**2 - 0.1 / 2 * t
@@ -278,7 +278,7 @@ def alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]
     return 1 - t, t
 
 
-def d_alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+def d_alpha_sigma(t: Tensor, path: str) -> tuple[Tensor, Tensor]:
     """Their derivatives by t; sigma'_t of vp is infinite at t = 0."""
     alpha, sigma = alpha_sigma(t, path)
     if path == "vp":
@@ -290,7 +290,7 @@ def d_alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tenso
     return -torch.ones_like(t), torch.ones_like(t)
 
 
-def matching_loss(net: nn.Module, obs: torch.Tensor, action: torch.Tensor, args: Args) -> torch.Tensor:
+def matching_loss(net: nn.Module, obs: Tensor, action: Tensor, args: Args) -> Tensor:
     """Eq. (5) of each sample, summed over action dimensions: (B, O), (B, A) -> (B,)."""
     # differs from the reference code: there icfm adds noise of 0.1 to x_t, which blurs the learnt actions by as much
     eps = torch.randn_like(action)
@@ -302,7 +302,7 @@ def matching_loss(net: nn.Module, obs: torch.Tensor, action: torch.Tensor, args:
     return 0.5 * (net(x, t, obs) - target).square().sum(-1)  # Eq. (5)
 
 
-def velocity(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor, path: str) -> torch.Tensor:
+def velocity(net: nn.Module, x: Tensor, t: Tensor, obs: Tensor, path: str) -> Tensor:
     """dx/dt of Eq. (6), towards the noise: (B, A), (), (B, O) -> (B, A)."""
     out = net(x, t.expand(len(x)), obs)
     if PREDICTS[path] == "velocity":
@@ -326,12 +326,12 @@ class Critic(nn.Module):
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
 
 
-def f(u: torch.Tensor, args: Args) -> torch.Tensor:
+def f(u: Tensor, args: Args) -> Tensor:
     """The expectile loss of Eq. (1), elementwise at u = Q - V."""
     return torch.where(u > 0, args.expectile, 1 - args.expectile) * u.square()
 
 
-def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
+def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tensor, dict]:
     """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. Rewards are scaled by the dataset."""
     with torch.no_grad():
         q_slow = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
@@ -358,9 +358,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 NODES = dict(method="euler", power=2.0)
 
 
-def kl_terms(
-    policy: nn.Module, behaviour: nn.Module, obs: torch.Tensor, args: Args
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def kl_terms(policy: nn.Module, behaviour: nn.Module, obs: Tensor, args: Args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The policy's action, its log pi and log mu by Eq. (13), the error of the latter: (B, A) and three of (B,)."""
     # differs from the reference code: there the likelihood detaches its state, so that the KL has a wrong gradient
     # differs from the reference code: it solves three ODEs of 999 steps, each with discretisation error, and estimates
@@ -373,8 +371,8 @@ def kl_terms(
 
 
 def policy_loss(
-    policy: nn.Module, behaviour: nn.Module, critic: Critic, obs: torch.Tensor, args: Args
-) -> tuple[torch.Tensor, dict]:
+    policy: nn.Module, behaviour: nn.Module, critic: Critic, obs: Tensor, args: Args
+) -> tuple[Tensor, dict]:
     """Eq. (14). Its gradient goes through every step of the sampler."""
     action, log_pi, log_mu, error = kl_terms(policy, behaviour, obs, args)
     q = critic.q(obs, action.clamp(-1, 1)).amin(0)  # (B,)
@@ -384,7 +382,7 @@ def policy_loss(
     return loss, {"policy/loss": loss.detach(), **metrics}
 
 
-def act(policy: nn.Module, obs: torch.Tensor, args: Args) -> torch.Tensor:
+def act(policy: nn.Module, obs: Tensor, args: Args) -> Tensor:
     """Eq. (12): noise to actions, (B, O) -> (B, A) in [-1, 1]."""
     x = args.act_noise * torch.randn(len(obs), policy.action_dim, device=obs.device)
     return samplers.ode(lambda x, t: velocity(policy, x, t, obs, args.path), x, args.sampler_steps, **NODES).clamp(
@@ -416,9 +414,8 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 
 @torch.no_grad()
 def evaluate(actor: Callable, run: runs.Run, args: Args) -> dict:
-    """The scores of `actor`, (B, O) -> (B, A), over episodes with random numbers of their own: training goes on as if
-    there had been no evaluation."""
-    with torch.random.fork_rng():
+    """The scores of `actor`, (B, O) -> (B, A), over args.eval_episodes episodes."""
+    with torch.random.fork_rng():  # training goes on as if there had been no evaluation
         torch.manual_seed(args.seed + run.step)
         if args.env == "bandit":
             return evaluate_bandit(actor, run, args)
@@ -450,12 +447,12 @@ def train(args: Args) -> dict:
     if args.critic:
         trained.load_critic(critic, args)
 
-    adam = dict(fused=True, capturable=args.cudagraph)  # which also needs a changing learning rate to be a tensor
+    # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
+    adam = dict(fused=True, capturable=args.cudagraph)
     critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)
     behaviour_lr = torch.tensor(args.behaviour_lr, device=args.device)
     behaviour_optimizer = torch.optim.Adam(behaviour.parameters(), lr=behaviour_lr, **adam)
-    decay = lambda step: cosine(step, args.behaviour_steps)  # noqa: E731
-    behaviour_schedule = torch.optim.lr_scheduler.LambdaLR(behaviour_optimizer, decay)
+    behaviour_schedule = LambdaLR(behaviour_optimizer, partial(cosine, steps=args.behaviour_steps))
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.policy_lr, **adam)
     critic_loss_fn, matching_loss_fn, policy_loss_fn, act_fn = (
         torch.compile(f) if args.compile else f for f in (critic_loss, matching_loss, policy_loss, act)
@@ -499,7 +496,7 @@ def train(args: Args) -> dict:
         policy_optimizer=policy_optimizer,
     )  # fmt: skip
     start = run.restore()
-    actor = lambda obs: act_fn(policy, obs, args)  # noqa: E731
+    actor = partial(act_fn, policy, args=args)  # (B, O) -> (B, A)
     if args.eval_only:
         return run.show(evaluate(actor, run, args), actor)
 

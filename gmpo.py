@@ -43,6 +43,8 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from common import arguments, bandit, datasets, runs, samplers, trained
 from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
@@ -146,11 +148,11 @@ class Normalize(nn.Module):
         self.register_buffer("mean", torch.zeros(obs_dim))
         self.register_buffer("std", torch.ones(obs_dim))
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor) -> Tensor:
         return (obs - self.mean) / self.std
 
 
-def fit_normalizers(obs: torch.Tensor, *networks: nn.Module) -> None:
+def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
     """Let every Normalize in these networks standardise observations like `obs`, (N, O)."""
     for module in (module for network in networks for module in network.modules()):
         if isinstance(module, Normalize):
@@ -179,7 +181,7 @@ class TwinQ(nn.Module):
         self.normalize = Normalize(obs_dim)
         self.q1, self.q2 = mlp(obs_dim + action_dim, 256, 256, 1), mlp(obs_dim + action_dim, 256, 256, 1)
 
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([self.normalize(obs), action], -1)
         return torch.stack([self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)])
 
@@ -191,7 +193,7 @@ class Value(nn.Module):
         super().__init__()
         self.normalize, self.net = Normalize(obs_dim), mlp(obs_dim, 256, 256, 1)
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor) -> Tensor:
         return self.net(self.normalize(obs)).squeeze(-1)
 
 
@@ -204,14 +206,11 @@ class StateMLP(nn.Module):
         super().__init__()
         self.normalize, self.action_dim = Normalize(obs_dim), action_dim
         self.register_buffer("frequencies", math.pi * torch.arange(1, 9))
-        self.net = nn.Sequential(
-            nn.Linear(action_dim + 16 + obs_dim, 256), nn.SiLU(),
-            nn.Linear(256, 256), nn.SiLU(),
-            nn.Linear(256, 256), nn.SiLU(),
-            nn.Linear(256, action_dim),
-        )  # fmt: skip
+        first, last = nn.Linear(action_dim + 16 + obs_dim, 256), nn.Linear(256, action_dim)
+        between = [nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU()]
+        self.net = nn.Sequential(first, *between, last)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, t: Tensor, obs: Tensor) -> Tensor:
         angle = t[:, None] * self.frequencies  # (B, 8)
         return self.net(torch.cat([x, angle.cos(), angle.sin(), self.normalize(obs)], -1))
 
@@ -225,7 +224,7 @@ class PaperBlock(nn.Module):
         self.embedding = nn.Linear(128, size_out)
         self.skip = nn.Linear(size_in, size_out) if size_in != size_out else nn.Identity()
 
-    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = F.silu(self.first(x)) + self.embedding(F.silu(embedding))
         return F.silu(self.second(h)) + self.skip(x)
 
@@ -244,7 +243,7 @@ class PaperNet(nn.Module):
         self.up = nn.ModuleList([PaperBlock(256, 256), PaperBlock(512, 512)])
         self.head = nn.Linear(1024, action_dim)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, t: Tensor, obs: Tensor) -> Tensor:
         angle = t[:, None] * self.frequencies  # (B, 16)
         embedding = self.embed(torch.cat([angle.sin(), angle.cos(), F.silu(self.condition(self.normalize(obs)))], -1))
         skips = []
@@ -268,7 +267,7 @@ def make_policy(obs_dim: int, action_dim: int, args: Args) -> nn.Module:
 PREDICTS = {"vp": "noise", "gvp": "velocity", "icfm": "velocity"}
 
 
-def alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+def alpha_sigma(t: Tensor, path: str) -> tuple[Tensor, Tensor]:
     """alpha_t and sigma_t of Eq. (4), of t's shape."""
     if path == "vp":  # beta_t = 0.1 + 19.9 t and alpha_t = exp(-1/2 int_0^t beta)
         log_alpha = -19.9 / 4 * t**2 - 0.1 / 2 * t
@@ -278,7 +277,7 @@ def alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]
     return 1 - t, t
 
 
-def d_alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+def d_alpha_sigma(t: Tensor, path: str) -> tuple[Tensor, Tensor]:
     """Their derivatives by t; sigma'_t of vp is infinite at t = 0."""
     alpha, sigma = alpha_sigma(t, path)
     if path == "vp":
@@ -290,7 +289,7 @@ def d_alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tenso
     return -torch.ones_like(t), torch.ones_like(t)
 
 
-def matching_loss(net: nn.Module, obs: torch.Tensor, action: torch.Tensor, args: Args) -> torch.Tensor:
+def matching_loss(net: nn.Module, obs: Tensor, action: Tensor, args: Args) -> Tensor:
     """Eq. (5) of each sample, summed over action dimensions: (B, O), (B, A) -> (B,)."""
     # differs from the reference code: there icfm adds noise of 0.1 to x_t, which blurs the learnt actions by as much
     eps = torch.randn_like(action)
@@ -302,7 +301,7 @@ def matching_loss(net: nn.Module, obs: torch.Tensor, action: torch.Tensor, args:
     return 0.5 * (net(x, t, obs) - target).square().sum(-1)  # Eq. (5)
 
 
-def velocity(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor, path: str) -> torch.Tensor:
+def velocity(net: nn.Module, x: Tensor, t: Tensor, obs: Tensor, path: str) -> Tensor:
     """dx/dt of Eq. (6), towards the noise: (B, A), (), (B, O) -> (B, A)."""
     out = net(x, t.expand(len(x)), obs)
     if PREDICTS[path] == "velocity":
@@ -313,7 +312,7 @@ def velocity(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor
     return d_alpha / alpha * (x - out / sigma)  # alpha' a + sigma' eps, with a = (x - sigma eps) / alpha
 
 
-def noise_prediction(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor, path: str) -> torch.Tensor:
+def noise_prediction(net: nn.Module, x: Tensor, t: Tensor, obs: Tensor, path: str) -> Tensor:
     """The eps that the net sees in x: (B, A), (), (B, O) -> (B, A)."""
     out = net(x, t.expand(len(x)), obs)
     if PREDICTS[path] == "noise":
@@ -323,7 +322,7 @@ def noise_prediction(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torc
     return (alpha * out - d_alpha * x) / (alpha * d_sigma - d_alpha * sigma)
 
 
-def sample(net: nn.Module, obs: torch.Tensor, args: Args, noise_scale: float = 1.0) -> torch.Tensor:
+def sample(net: nn.Module, obs: Tensor, args: Args, noise_scale: float = 1.0) -> Tensor:
     """Eq. (6): noise to actions, (B, O) -> (B, A), not clipped."""
     # differs from the paper: DPM-Solver++(2M) with 10 steps, short near the action, for Euler with 31 even ones
     x = noise_scale * torch.randn(len(obs), net.action_dim, device=obs.device)
@@ -347,12 +346,12 @@ class Critic(nn.Module):
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
 
 
-def f(u: torch.Tensor, args: Args) -> torch.Tensor:
+def f(u: Tensor, args: Args) -> Tensor:
     """The expectile loss of Eq. (1), elementwise at u = Q - V."""
     return torch.where(u > 0, args.expectile, 1 - args.expectile) * u.square()
 
 
-def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
+def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tensor, dict]:
     """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. Rewards are scaled by the dataset."""
     with torch.no_grad():
         q_slow = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
@@ -373,7 +372,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 
 
 @torch.no_grad()
-def advantages(critic: Critic, data: datasets.Dataset) -> torch.Tensor:
+def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
@@ -383,19 +382,17 @@ def advantages(critic: Critic, data: datasets.Dataset) -> torch.Tensor:
 # 5. The policy
 
 
-def weights(advantage: torch.Tensor, args: Args) -> torch.Tensor:
+def weights(advantage: Tensor, args: Args) -> Tensor:
     """Eq. (7), elementwise."""
     return torch.exp(args.beta * advantage).clamp(max=args.weight_max)
 
 
-def effective_share(weight: torch.Tensor) -> torch.Tensor:
+def effective_share(weight: Tensor) -> Tensor:
     """(sum w)^2 / (n sum w^2): the share of the samples that count, 1 if all weigh the same."""
     return weight.sum().square() / (weight.numel() * weight.square().sum())
 
 
-def policy_loss(
-    policy: nn.Module, batch: datasets.Batch, weight: torch.Tensor, args: Args
-) -> tuple[torch.Tensor, dict]:
+def policy_loss(policy: nn.Module, batch: datasets.Batch, weight: Tensor, args: Args) -> tuple[Tensor, dict]:
     """Eq. (8). `weight` is that of the batch's actions, (B,)."""
     loss = (weight * matching_loss(policy, batch.obs, batch.action, args)).mean()
     clipped = (weight >= args.weight_max).float().mean()
@@ -404,8 +401,8 @@ def policy_loss(
 
 
 def sampled_policy_loss(
-    policy: nn.Module, behaviour: nn.Module, critic: Critic, obs: torch.Tensor, args: Args
-) -> tuple[torch.Tensor, dict]:
+    policy: nn.Module, behaviour: nn.Module, critic: Critic, obs: Tensor, args: Args
+) -> tuple[Tensor, dict]:
     """Eq. (9): (B, O) -> the loss."""
     # differs from the reference code: there the samples of different states are mixed up, and Eq. (9) crashes
     with torch.no_grad():
@@ -417,7 +414,7 @@ def sampled_policy_loss(
     return loss, {"policy/loss": loss.detach(), "policy/ess": effective_share(weight)}
 
 
-def act(policy: nn.Module, obs: torch.Tensor, args: Args) -> torch.Tensor:
+def act(policy: nn.Module, obs: Tensor, args: Args) -> Tensor:
     """(B, O) -> (B, A) in [-1, 1]."""
     return sample(policy, obs, args, args.act_noise).clamp(-1, 1)
 
@@ -446,9 +443,8 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 
 @torch.no_grad()
 def evaluate(actor: Callable, run: runs.Run, args: Args) -> dict:
-    """The scores of `actor`, (B, O) -> (B, A), over episodes with random numbers of their own: training goes on as if
-    there had been no evaluation."""
-    with torch.random.fork_rng():
+    """The scores of `actor`, (B, O) -> (B, A), over args.eval_episodes episodes."""
+    with torch.random.fork_rng():  # training goes on as if there had been no evaluation
         torch.manual_seed(args.seed + run.step)
         if args.env == "bandit":
             return evaluate_bandit(actor, run, args)
@@ -480,12 +476,12 @@ def train(args: Args) -> dict:
         trained.load_critic(critic, args)
     behaviour = load_net(args.behaviour, args.device)[0] if args.behaviour else None  # the model of mu of Eq. (9)
 
-    adam = dict(fused=True, capturable=args.cudagraph)  # which also needs a changing learning rate to be a tensor
+    # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
+    adam = dict(fused=True, capturable=args.cudagraph)
     critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)
     policy_lr = torch.tensor(args.policy_lr, device=args.device)
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=policy_lr, **adam)
-    decay = lambda step: cosine(step, args.policy_steps) if args.lr_decay else 1.0  # noqa: E731
-    policy_schedule = torch.optim.lr_scheduler.LambdaLR(policy_optimizer, decay)
+    policy_schedule = LambdaLR(policy_optimizer, partial(cosine, steps=args.policy_steps))
     critic_loss_fn, policy_loss_fn, act_fn = (
         torch.compile(function) if args.compile else function for function in (critic_loss, policy_loss, act)
     )
@@ -497,6 +493,8 @@ def train(args: Args) -> dict:
         critic_optimizer.step()
         update_target(critic.target_q, critic.q, args.target_rate)  # Eq. (3)
         return metrics
+
+    weight = None  # of every transition, (N,): computed when the critic is trained
 
     def policy_update() -> dict:
         index = torch.randint(len(data), (args.batch_size,), device=args.device)
@@ -515,8 +513,8 @@ def train(args: Args) -> dict:
         args, "gmpo", data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,
         critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer, policy_schedule=policy_schedule,
     )  # fmt: skip
-    start, weight = run.restore(), None
-    actor = lambda obs: act_fn(policy, obs, args)  # noqa: E731
+    start = run.restore()
+    actor = partial(act_fn, policy, args=args)  # (B, O) -> (B, A)
     if args.eval_only:
         return run.show(evaluate(actor, run, args), actor)
 
@@ -525,9 +523,10 @@ def train(args: Args) -> dict:
             metrics = critic_update()
         else:
             if weight is None:
-                weight = weights(advantages(critic, data), args)  # (N,), once: the critic is trained by now
+                weight = weights(advantages(critic, data), args)
             metrics = policy_update()
-            policy_schedule.step()
+            if args.lr_decay:
+                policy_schedule.step()
             if step % args.eval_every == 0 or step == run.total:
                 metrics |= evaluate(actor, run, args)
         run.log(step, metrics)

@@ -33,11 +33,14 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn as nn
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from common import arguments, bandit, datasets, runs, samplers, trained
 from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
@@ -131,11 +134,11 @@ class Normalize(nn.Module):
         self.register_buffer("mean", torch.zeros(obs_dim))
         self.register_buffer("std", torch.ones(obs_dim))
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor) -> Tensor:
         return (obs - self.mean) / self.std
 
 
-def fit_normalizers(obs: torch.Tensor, *networks: nn.Module) -> None:
+def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
     """Let every Normalize in these networks standardise observations like `obs`, (N, O)."""
     for module in (module for network in networks for module in network.modules()):
         if isinstance(module, Normalize):
@@ -164,7 +167,7 @@ class TwinQ(nn.Module):
         self.normalize = Normalize(obs_dim)
         self.q1, self.q2 = mlp(obs_dim + action_dim, 256, 256, 1), mlp(obs_dim + action_dim, 256, 256, 1)
 
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([self.normalize(obs), action], -1)
         return torch.stack([self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)])
 
@@ -176,7 +179,7 @@ class Value(nn.Module):
         super().__init__()
         self.normalize, self.net = Normalize(obs_dim), mlp(obs_dim, 256, 256, 1)
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor) -> Tensor:
         return self.net(self.normalize(obs)).squeeze(-1)
 
 
@@ -200,7 +203,7 @@ class Block(nn.Module):
         wide = [dense(width, 4 * width, "lecun"), nn.Mish(), dense(4 * width, width, "lecun")]
         self.net = nn.Sequential(nn.Dropout(dropout), nn.LayerNorm(width, eps=1e-6), *wide)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.net(x)
 
 
@@ -215,7 +218,7 @@ class LNResNet(nn.Module):
         blocks = [Block(256, dropout) for _ in range(3)]
         self.net = nn.Sequential(dense(action_dim + obs_dim + 128, 256), *blocks, nn.Mish(), dense(256, action_dim))
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, t: Tensor, obs: Tensor) -> Tensor:
         angle = 2 * math.pi * t[:, None] * self.frequencies  # (B, 32)
         condition = self.condition(torch.cat([angle.cos(), angle.sin()], -1))  # (B, 128)
         return self.net(torch.cat([x, self.normalize(obs), condition], -1))
@@ -225,7 +228,7 @@ class LNResNet(nn.Module):
 # 3. The generative model
 
 
-def betas(args: Args, device: str | torch.device = "cpu") -> torch.Tensor:
+def betas(args: Args, device: str | torch.device = "cpu") -> Tensor:
     """The (T,) noise variances of Eq. (15)."""
     steps = args.diffusion_steps
     i = torch.arange(1, steps + 1, dtype=torch.float64, device=device)
@@ -235,7 +238,7 @@ def betas(args: Args, device: str | torch.device = "cpu") -> torch.Tensor:
     return (1 - bar[1:] / bar[:-1]).clamp(max=0.999).float()
 
 
-def noise_loss(net: nn.Module, obs: torch.Tensor, action: torch.Tensor, args: Args) -> torch.Tensor:
+def noise_loss(net: nn.Module, obs: Tensor, action: Tensor, args: Args) -> Tensor:
     """Eq. (16) of each sample: (B, O), (B, A) -> (B,)."""
     t = torch.randint(args.diffusion_steps, (len(action),), device=action.device)  # (B,)
     eps = torch.randn_like(action)
@@ -244,7 +247,7 @@ def noise_loss(net: nn.Module, obs: torch.Tensor, action: torch.Tensor, args: Ar
     return (net(x, t.float(), obs) - eps).square().sum(-1)
 
 
-def sample(net: nn.Module, obs: torch.Tensor, args: Args) -> torch.Tensor:
+def sample(net: nn.Module, obs: Tensor, args: Args) -> Tensor:
     """Eq. (17): noise to actions, (B, O) -> (B, A) in [-1, 1]."""
     x = torch.randn(len(obs), net.action_dim, device=obs.device)
     return samplers.ddpm(lambda x, t: net(x, t.expand(len(x)), obs), betas(args, obs.device), x)
@@ -263,7 +266,7 @@ class Critic(nn.Module):
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
 
 
-def f(u: torch.Tensor, args: Args) -> torch.Tensor:
+def f(u: Tensor, args: Args) -> Tensor:
     """The asymmetric loss of Eq. (1), elementwise, at u = Q - V."""
     if args.critic_loss == "exponential":  # exp(alpha u) - alpha u, its exponential continued linearly above linex_max
         x = args.linex_alpha * u
@@ -273,7 +276,7 @@ def f(u: torch.Tensor, args: Args) -> torch.Tensor:
     return share * u.square() if args.critic_loss == "expectile" else share * u.abs()
 
 
-def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
+def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tensor, dict]:
     """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. Rewards are scaled by the dataset."""
     with torch.no_grad():
         q_slow = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
@@ -293,7 +296,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
         old.lerp_(new, target_rate)
 
 
-def implicit_weights(u: torch.Tensor, args: Args, floor: float = 1e-3) -> torch.Tensor:
+def implicit_weights(u: Tensor, args: Args, floor: float = 1e-3) -> Tensor:
     """Eq. (11), elementwise at u = Q - V, up to a factor: the closed forms of |f'(u)| / |u|, finite at u = 0."""
     share = torch.where(u > 0, args.expectile, 1 - args.expectile)
     if args.critic_loss == "expectile":
@@ -307,7 +310,7 @@ def implicit_weights(u: torch.Tensor, args: Args, floor: float = 1e-3) -> torch.
     return torch.where(small, 1.0, torch.expm1(x.clamp(max=math.log(args.linex_max))) / x)
 
 
-def implicit_target(args: Args) -> torch.Tensor:
+def implicit_target(args: Args) -> Tensor:
     """Eq. (11) in closed form on the bandit, whose modes are equally frequent: (8,)."""
     values = torch.linspace(0, 1, 100_001)
     optimal_v = values[f(bandit.REWARDS[:, None] - values, args).mean(0).argmin()]  # Eq. (1) at its minimum
@@ -319,13 +322,13 @@ def implicit_target(args: Args) -> torch.Tensor:
 # 5. The policy
 
 
-def policy_loss(policy: nn.Module, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
+def policy_loss(policy: nn.Module, batch: datasets.Batch, args: Args) -> tuple[Tensor, dict]:
     """Eq. (16): plain behaviour cloning, the critic has no part in it."""
     loss = noise_loss(policy, batch.obs, batch.action, args).mean()
     return loss, {"behaviour/loss": loss.detach()}
 
 
-def choose(q: torch.Tensor, v: torch.Tensor, args: Args) -> torch.Tensor:
+def choose(q: Tensor, v: Tensor, args: Args) -> Tensor:
     """Which of the N candidates: (B, N), (B,) -> (B,)."""
     if args.extraction == "argmax":
         return q.argmax(-1)  # Eq. (18)
@@ -336,7 +339,7 @@ def choose(q: torch.Tensor, v: torch.Tensor, args: Args) -> torch.Tensor:
     return torch.multinomial(weight, 1).squeeze(-1)
 
 
-def act(policy: nn.Module, critic: Critic, obs: torch.Tensor, args: Args) -> torch.Tensor:
+def act(policy: nn.Module, critic: Critic, obs: Tensor, args: Args) -> Tensor:
     """N candidates of every state in one batch, then one of them a state: (B, O) -> (B, A) in [-1, 1]."""
     repeated = obs.repeat_interleave(args.candidates, 0)  # (B N, O), the N rows of a state side by side
     action = sample(policy, repeated, args)
@@ -364,9 +367,8 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 
 @torch.no_grad()
 def evaluate(actor: Callable, run: runs.Run, args: Args) -> dict:
-    """The scores of `actor`, (B, O) -> (B, A), over episodes with random numbers of their own: training goes on as if
-    there had been no evaluation."""
-    with torch.random.fork_rng():
+    """The scores of `actor`, (B, O) -> (B, A), over args.eval_episodes episodes."""
+    with torch.random.fork_rng():  # training goes on as if there had been no evaluation
         torch.manual_seed(args.seed + run.step)
         if args.env == "bandit":
             return evaluate_bandit(actor, run, args)
@@ -406,12 +408,12 @@ def train(args: Args) -> dict:
         trained.load_critic(critic, args)
     ema = copy.deepcopy(policy).requires_grad_(False).eval()  # the average of the weights, the net that acts
 
-    adam = dict(fused=True, capturable=args.cudagraph)  # which also needs a changing learning rate to be a tensor
+    # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
+    adam = dict(fused=True, capturable=args.cudagraph)
     critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)
     policy_lr = torch.tensor(args.policy_lr, device=args.device)
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=policy_lr, **adam)
-    decay = lambda step: cosine(step, args.policy_steps)  # noqa: E731
-    policy_schedule = torch.optim.lr_scheduler.LambdaLR(policy_optimizer, decay)
+    policy_schedule = LambdaLR(policy_optimizer, partial(cosine, steps=args.policy_steps))
     critic_loss_fn, policy_loss_fn, act_fn = (
         torch.compile(function) if args.compile else function for function in (critic_loss, policy_loss, act)
     )
@@ -440,7 +442,7 @@ def train(args: Args) -> dict:
         ema=ema, critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer, policy_schedule=policy_schedule,
     )  # fmt: skip
     start = run.restore()
-    actor = lambda obs: act_fn(ema, critic, obs, args)  # noqa: E731
+    actor = partial(act_fn, ema, critic, args=args)  # (B, O) -> (B, A)
     if args.eval_only:
         return run.show(evaluate(actor, run, args) | {"eval/candidates": args.candidates}, actor)
 

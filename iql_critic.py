@@ -34,11 +34,14 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn as nn
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from common import arguments, bandit, datasets, runs, trained
 from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
@@ -49,8 +52,6 @@ from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 
 @dataclass
 class Args(RunArgs):
-    critic: Path | None = None
-    """another run (its folder) whose critic is taken as it is, instead of training one"""
     critic_steps: Steps | None = None
     """gradient steps of the critic"""
     critic_lr: Amount | None = None
@@ -112,11 +113,11 @@ class Normalize(nn.Module):
         self.register_buffer("mean", torch.zeros(obs_dim))
         self.register_buffer("std", torch.ones(obs_dim))
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor) -> Tensor:
         return (obs - self.mean) / self.std
 
 
-def fit_normalizers(obs: torch.Tensor, *networks: nn.Module) -> None:
+def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
     """Let every Normalize in these networks standardise observations like `obs`, (N, O)."""
     for module in (module for network in networks for module in network.modules()):
         if isinstance(module, Normalize):
@@ -145,7 +146,7 @@ class TwinQ(nn.Module):
         self.normalize = Normalize(obs_dim)
         self.q1, self.q2 = mlp(obs_dim + action_dim, 256, 256, 1), mlp(obs_dim + action_dim, 256, 256, 1)
 
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([self.normalize(obs), action], -1)
         return torch.stack([self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)])
 
@@ -157,7 +158,7 @@ class Value(nn.Module):
         super().__init__()
         self.normalize, self.net = Normalize(obs_dim), mlp(obs_dim, 256, 256, 1)
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor) -> Tensor:
         return self.net(self.normalize(obs)).squeeze(-1)
 
 
@@ -170,7 +171,7 @@ class GaussianActor(nn.Module):
         first, relu, second, relu, last = mlp(obs_dim, 256, 256, action_dim)
         self.net = nn.Sequential(first, relu, nn.Dropout(dropout), second, relu, nn.Dropout(dropout), last)
 
-    def forward(self, obs: torch.Tensor) -> torch.distributions.Normal:
+    def forward(self, obs: Tensor) -> torch.distributions.Normal:
         # not a squashed Gaussian: tanh is inside the mean, samples may leave [-1, 1]
         mean = torch.tanh(self.net(self.normalize(obs)))
         return torch.distributions.Normal(mean, self.log_std.clamp(-5, 2).exp(), validate_args=False)
@@ -189,7 +190,7 @@ class Critic(nn.Module):
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
 
 
-def f(u: torch.Tensor, args: Args) -> torch.Tensor:
+def f(u: Tensor, args: Args) -> Tensor:
     """The asymmetric loss of Eq. (1), elementwise, at u = Q - V."""
     if args.critic_loss == "exponential":  # exp(alpha u) - alpha u, its exponential continued linearly above linex_max
         x = args.linex_alpha * u
@@ -199,7 +200,7 @@ def f(u: torch.Tensor, args: Args) -> torch.Tensor:
     return share * u.square() if args.critic_loss == "expectile" else share * u.abs()
 
 
-def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
+def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tensor, dict]:
     """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. Rewards are scaled by the dataset."""
     with torch.no_grad():
         q_slow = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
@@ -220,13 +221,13 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 
 
 @torch.no_grad()
-def advantages(critic: Critic, data: datasets.Dataset) -> torch.Tensor:
+def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
 
-def implicit_weights(u: torch.Tensor, args: Args, floor: float = 1e-3) -> torch.Tensor:
+def implicit_weights(u: Tensor, args: Args, floor: float = 1e-3) -> Tensor:
     """Eq. (11), elementwise at u = Q - V, up to a factor: the closed forms of |f'(u)| / |u|, finite at u = 0."""
     share = torch.where(u > 0, args.expectile, 1 - args.expectile)
     if args.critic_loss == "expectile":
@@ -240,7 +241,7 @@ def implicit_weights(u: torch.Tensor, args: Args, floor: float = 1e-3) -> torch.
     return torch.where(small, 1.0, torch.expm1(x.clamp(max=math.log(args.linex_max))) / x)
 
 
-def implicit_target(args: Args) -> torch.Tensor:
+def implicit_target(args: Args) -> Tensor:
     """Eq. (11) in closed form on the bandit, whose modes are equally frequent: (8,)."""
     values = torch.linspace(0, 1, 100_001)
     optimal_v = values[f(bandit.REWARDS[:, None] - values, args).mean(0).argmin()]  # Eq. (1) at its minimum
@@ -252,17 +253,17 @@ def implicit_target(args: Args) -> torch.Tensor:
 # 5. The policy
 
 
-def weights(advantage: torch.Tensor, args: Args) -> torch.Tensor:
+def weights(advantage: Tensor, args: Args) -> Tensor:
     """Eq. (7), elementwise."""
     return torch.exp(args.beta * advantage).clamp(max=args.weight_max)
 
 
-def effective_share(weight: torch.Tensor) -> torch.Tensor:
+def effective_share(weight: Tensor) -> Tensor:
     """(sum w)^2 / (n sum w^2): the share of the samples that count, 1 if all weigh the same."""
     return weight.sum().square() / (weight.numel() * weight.square().sum())
 
 
-def policy_loss(actor: GaussianActor, critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
+def policy_loss(actor: GaussianActor, critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tensor, dict]:
     """Eq. (10)."""
     with torch.no_grad():
         advantage = critic.target_q(batch.obs, batch.action).amin(0) - critic.v(batch.obs)
@@ -273,9 +274,9 @@ def policy_loss(actor: GaussianActor, critic: Critic, batch: datasets.Batch, arg
     return loss, {"policy/loss": loss.detach(), **metrics}
 
 
-def act(policy: GaussianActor, obs: torch.Tensor) -> torch.Tensor:
+def act(policy: GaussianActor, obs: Tensor) -> Tensor:
     """The mean action, as IQL is evaluated: (B, O) -> (B, A) in [-1, 1]."""
-    return policy(obs).mean
+    return policy.eval()(obs).mean
 
 
 def load_policy(path: str | Path, device: str = "cpu") -> Callable:
@@ -296,9 +297,8 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 
 @torch.no_grad()
 def evaluate(actor: Callable, critic: Critic, policy: GaussianActor, run: runs.Run, args: Args) -> dict:
-    """The scores of `actor`, (B, O) -> (B, A), over episodes with random numbers of their own: training goes on as if
-    there had been no evaluation."""
-    with torch.random.fork_rng():
+    """The scores of `actor`, (B, O) -> (B, A), over args.eval_episodes episodes."""
+    with torch.random.fork_rng():  # training goes on as if there had been no evaluation
         torch.manual_seed(args.seed + run.step)
         if args.env == "bandit":
             return evaluate_bandit(critic, policy, run, args)
@@ -328,15 +328,13 @@ def train(args: Args) -> dict:
     policy = GaussianActor(data.obs_dim, data.action_dim, args.dropout).to(args.device)
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, policy)
-    if args.critic:
-        trained.load_critic(critic, args)
 
-    adam = dict(fused=True, capturable=args.cudagraph)  # which also needs a changing learning rate to be a tensor
+    # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
+    adam = dict(fused=True, capturable=args.cudagraph)
     critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)
     policy_lr = torch.tensor(args.policy_lr, device=args.device)
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=policy_lr, **adam)
-    decay = lambda step: cosine(step, args.policy_steps) if args.lr_decay else 1.0  # noqa: E731
-    policy_schedule = torch.optim.lr_scheduler.LambdaLR(policy_optimizer, decay)
+    policy_schedule = LambdaLR(policy_optimizer, partial(cosine, steps=args.policy_steps))
     critic_loss_fn, policy_loss_fn = (
         torch.compile(function) if args.compile else function for function in (critic_loss, policy_loss)
     )
@@ -364,7 +362,7 @@ def train(args: Args) -> dict:
         critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer, policy_schedule=policy_schedule,
     )  # fmt: skip
     start = run.restore()
-    actor = lambda obs: act(policy.eval(), obs)  # noqa: E731
+    actor = partial(act, policy)  # (B, O) -> (B, A)
     if args.eval_only:
         return run.show(evaluate(actor, critic, policy, run, args), actor)
 
@@ -374,7 +372,8 @@ def train(args: Args) -> dict:
             metrics |= critic_update()
         if step <= args.policy_steps:
             metrics |= policy_update()
-            policy_schedule.step()
+            if args.lr_decay:
+                policy_schedule.step()
         if step % args.eval_every == 0 or step == run.total:
             metrics |= evaluate(actor, critic, policy, run, args)
         run.log(step, metrics)
