@@ -121,7 +121,7 @@ class Run:
         """
         if not self.args.eval_only and not (self.path / "checkpoint.pt").exists():
             return 0
-        state = trained.load_checkpoint(self.path, self.algorithm)
+        state = trained.load_checkpoint(self.path, self.algorithm, self.args.device)
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
@@ -131,9 +131,9 @@ class Run:
         self.started -= state["seconds"]  # as if the run had never stopped
         if self.step > self.total and not self.args.eval_only:
             raise UserError(f"the run in {self.path} is at step {self.step} already, beyond the {self.total} wanted")
-        torch.set_rng_state(state["rng"])
+        torch.set_rng_state(state["rng"].cpu())
         if state["cuda_rng"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda_rng"])
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu())
         return self.step
 
     def steps(self, start: int) -> Iterator[tuple[int, str]]:
@@ -149,21 +149,8 @@ class Run:
         handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             for phase, count in self.phases.items():
-                end, first = end + count, None
-                while self.step < end:
-                    self.step += 1
-                    yield self.step, phase
-                    self.bar.update()
-                    now = time.time()
-                    if first is None:  # a first step may take longer: it is not measured
-                        first, begun, due = self.step, now, now + INTERVAL / 2
-                    elif now > due and self.step < end:
-                        self.tell(phase, end - self.step, (self.step - first) / (now - begun))
-                        due = now + INTERVAL if self.bar.disable else math.inf  # the bar says it
-                    if self.signal:
-                        self.save(self.step, now=True)
-                        text = f"stopped at step {self.step} and saved; the same command with --resume goes on"
-                        raise Interrupted(self.signal, text)
+                end += count
+                yield from self.phase(phase, end)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -176,17 +163,31 @@ class Run:
         self.signal = number
         signal.signal(number, signal.default_int_handler)
 
-    def tell(self, phase: str, left: int, speed: float) -> None:
-        """How far the run is, and how long its phase will take."""
-        text, needed = f"step {self.step:,} of {self.total:,}; {phase}: {speed:.3g} steps/s", left / speed
-        look = "; for a shorter look: --critic-steps 10000 --policy-steps 10000" if needed > 86400 else ""
-        self.say(f"{text}, {timedelta(seconds=int(needed))} to go{look}")
+    def phase(self, name: str, end: int) -> Iterator[tuple[int, str]]:
+        """The steps up to `end`; says early, and off a terminal every INTERVAL seconds, how long they will take."""
+        first = None
+        while self.step < end:
+            self.step += 1
+            yield self.step, name
+            self.bar.update()
+            now = time.time()
+            if first is None:  # a first step may take longer: it is not measured
+                first, begun, due = self.step, now, now + INTERVAL / 2
+            elif now > due and self.step < end:
+                speed = (self.step - first) / (now - begun)
+                needed = timedelta(seconds=(end - self.step) // speed)
+                look = "; for a shorter look: --critic-steps 10000 --policy-steps 10000" if needed.days else ""
+                text = f"step {self.step:,} of {self.total:,}; {name}: {speed:.3g} steps/s"
+                self.say(f"{text}, {needed} to go{look}")
+                due = now + INTERVAL if self.bar.disable else math.inf  # the bar says it
+            if self.signal:
+                self.save(self.step, now=True)
+                text = f"stopped at step {self.step} and saved; the same command with --resume goes on"
+                raise Interrupted(self.signal, text)
 
     def log(self, step: int, metrics: dict) -> None:
-        """Write metrics to metrics.jsonl and TensorBoard, every log_every steps, after an evaluation and at the end.
-
-        Raises TrainingError at NaN or inf.
-        """
+        """Write metrics to metrics.jsonl and TensorBoard every log_every steps, after an evaluation and at the end.
+        Raises TrainingError at NaN or inf."""
         if "eval/return" not in metrics and step % self.args.log_every and step != self.total:
             return
         values, (before, first) = {key: float(value) for key, value in metrics.items()}, self.logged
@@ -209,10 +210,8 @@ class Run:
             self.say(f"step {step:,}: {trained.headline_text(self.last, self.best)}")
 
     def save(self, step: int, now: bool = False) -> None:
-        """Write the checkpoint every save_every steps, after an evaluation, at the end: all of it or nothing.
-
-        Raises TrainingError at weights that are NaN or inf, and if it can't be written.
-        """
+        """Write the checkpoint every save_every steps, after an evaluation and at the end. Raises TrainingError at
+        weights that are NaN or inf, and if it can't be written."""
         if not now and step % self.args.save_every and step not in (self.scored, self.total):
             return
         for name, part in self.parts.items():
