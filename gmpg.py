@@ -93,6 +93,11 @@ class Args(RunArgs):
     """states a gradient step of the policy"""
 
 
+OURS = dict(  # off D4RL's data
+    behaviour_lr=1e-3, policy_lr=1e-4, batch_size=256, policy_batch_size=256, normalize_obs=True, network="mlp",
+    eval_every=100,
+)  # fmt: skip
+
 # What an argument that is None becomes: the entry of the dataset's name (or of its family, "own data", ...), over "*".
 SETTINGS = {
     # The reference code's critic, beta and learning rate. Its loss has (log pi - log mu) / (A ln 2), so its beta times
@@ -112,26 +117,26 @@ SETTINGS = {
     "walker2d-medium-v2": dict(critic_steps=1_220_000, policy_lr=1e-4, beta=4.16),
     "walker2d-medium-expert-v2": dict(critic_steps=976_000, policy_lr=1e-6, beta=16.6),
     "walker2d-medium-replay-v2": dict(critic_steps=370_000, policy_lr=2e-5, beta=33.3),
-    "antmaze-umaze-v0": dict(critic_lr=1e-4, policy_lr=2e-6, expectile=0.9, beta=5.55),
-    "antmaze-umaze-diverse-v0": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
-    "antmaze-medium-play-v0": dict(critic_lr=1e-4, policy_lr=1e-6, expectile=0.9, beta=5.55),
-    "antmaze-medium-diverse-v0": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
-    "antmaze-large-play-v0": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
-    "antmaze-large-diverse-v0": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
+    **{
+        f"antmaze-{maze}-v0": dict(critic_lr=1e-4, policy_lr=policy_lr, expectile=0.9, beta=5.55)
+        for maze, policy_lr in (("umaze", 2e-6), ("umaze-diverse", 5e-6), ("medium-play", 1e-6),
+                                ("medium-diverse", 5e-6), ("large-play", 5e-6), ("large-diverse", 5e-6))
+    },
+    # The paper has none for these: IQL's.
+    **{family: dict(beta=0.5) for family in ("kitchen", "pen", "hammer", "door", "relocate")},
+    "antmaze": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
     # Ours: budgets of minutes, chosen by trying.
-    "halfcheetah-demo": dict(
-        critic_steps=15_000, behaviour_steps=10_000, behaviour_lr=1e-3, policy_steps=400, policy_lr=1e-4,
-        batch_size=256, policy_batch_size=64, beta=2.0, normalize_obs=True,
-        network="mlp", eval_every=100,
+    "halfcheetah-demo": OURS | dict(
+        critic_steps=15_000, behaviour_steps=10_000, policy_steps=400, policy_batch_size=64, beta=2.0, eval_every=100,
     ),
-    "bandit": dict(
+    "bandit": OURS | dict(
         critic_lr=1e-3, critic_steps=1_500, behaviour_steps=8_000, behaviour_lr=3e-3, policy_steps=200,
-        policy_lr=3e-4, batch_size=128, policy_batch_size=256, beta=2.0, network="mlp", eval_every=50,
+        policy_lr=3e-4, batch_size=128, beta=2.0, normalize_obs=False, eval_every=50,
     ),
-    "own data": dict(
-        critic_steps=100_000, behaviour_steps=100_000, behaviour_lr=3e-4, policy_steps=1_000, policy_lr=1e-4,
-        batch_size=256, policy_batch_size=256, beta=0.3, normalize_obs=True,
-        network="mlp", eval_every=100,
+    "maze2d-remade": OURS | dict(critic_steps=100_000, behaviour_steps=50_000, policy_steps=1_000, beta=1.0),
+    "remade": OURS | dict(critic_steps=200_000, behaviour_steps=100_000, policy_steps=1_000, beta=1.0),
+    "own data": OURS | dict(
+        critic_steps=100_000, behaviour_steps=100_000, behaviour_lr=3e-4, policy_steps=1_000, beta=0.3,
     ),
 }  # fmt: skip
 

@@ -97,6 +97,8 @@ class Args(RunArgs):
     """transitions a gradient step"""
 
 
+OURS = dict(batch_size=256, policy_lr=1e-3, lr_decay=True, normalize_obs=True, network="mlp")  # off D4RL's data
+
 # What an argument that is None becomes: the entry of the dataset's name (or of its family, "own data", ...), over "*".
 SETTINGS = {
     # The reference code's, its epochs turned into steps at its batch of 4096; sampler_steps and eval_every are ours.
@@ -115,24 +117,23 @@ SETTINGS = {
     "walker2d-medium-expert-v2": dict(critic_steps=976_000, policy_steps=4_880_000, beta=1.0),
     "walker2d-medium-replay-v2": dict(critic_steps=370_000, policy_steps=740_000, beta=8.0, weight_max=10_000.0),
     "antmaze-umaze-v0": dict(critic_steps=2_440_000, policy_steps=2_440_000, expectile=0.9, beta=8.0),
-    "antmaze-umaze-diverse-v0": dict(critic_steps=2_440_000, policy_steps=4_880_000, expectile=0.9, beta=16.0),
-    "antmaze-medium-play-v0": dict(critic_steps=2_440_000, policy_steps=4_880_000, expectile=0.9, beta=12.0),
-    "antmaze-medium-diverse-v0": dict(critic_steps=2_440_000, policy_steps=4_880_000, expectile=0.9, beta=12.0),
-    "antmaze-large-play-v0": dict(critic_steps=2_440_000, policy_steps=4_880_000, expectile=0.9, beta=16.0),
-    "antmaze-large-diverse-v0": dict(critic_steps=2_440_000, policy_steps=4_880_000, expectile=0.9, beta=4.0),
+    **{
+        f"antmaze-{maze}-v0": dict(critic_steps=2_440_000, policy_steps=4_880_000, expectile=0.9, beta=beta)
+        for maze, beta in (("umaze-diverse", 16.0), ("medium-play", 12.0), ("medium-diverse", 12.0),
+                           ("large-play", 16.0), ("large-diverse", 4.0))
+    },
+    # The paper has none for these: IQL's.
+    **{family: dict(beta=0.5) for family in ("kitchen", "pen", "hammer", "door", "relocate")},
+    "antmaze": dict(expectile=0.9, beta=10.0),
     # Ours: budgets of minutes, chosen by trying.
-    "halfcheetah-demo": dict(
-        critic_steps=15_000, policy_steps=10_000, batch_size=256, policy_lr=1e-3,
-        lr_decay=True, beta=1.0, normalize_obs=True, network="mlp", eval_every=2_500,
+    "halfcheetah-demo": OURS | dict(critic_steps=15_000, policy_steps=10_000, beta=1.0, eval_every=2_500),
+    "bandit": OURS | dict(
+        critic_lr=1e-3, critic_steps=1_500, policy_steps=8_000, batch_size=128, policy_lr=6e-3, beta=2.0,
+        normalize_obs=False, sampler_steps=32, eval_every=2_000,
     ),
-    "bandit": dict(
-        critic_lr=1e-3, critic_steps=1_500, policy_steps=8_000, batch_size=128, policy_lr=6e-3,
-        lr_decay=True, beta=2.0, network="mlp", sampler_steps=32, eval_every=2_000,
-    ),
-    "own data": dict(
-        critic_steps=100_000, policy_steps=100_000, batch_size=256, policy_lr=3e-4,
-        lr_decay=True, beta=0.3, normalize_obs=True, network="mlp", eval_every=10_000,
-    ),
+    "maze2d-remade": OURS | dict(critic_steps=100_000, policy_steps=50_000, beta=3.0, eval_every=10_000),
+    "remade": OURS | dict(critic_steps=200_000, policy_steps=100_000, beta=1.0, eval_every=20_000),
+    "own data": OURS | dict(critic_steps=100_000, policy_steps=100_000, policy_lr=3e-4, beta=0.3, eval_every=10_000),
 }  # fmt: skip
 
 

@@ -12,8 +12,7 @@ arXiv:2304.10573 (any convex f).
 
 Offline RL: D holds transitions (s, a, r, s', d) of an unknown behaviour policy mu(a|s), and nothing more is ever
 collected. A critic that is asked what an action outside the data is worth invents an answer. IQL never asks: V is
-fitted to Q at the data's actions, by an asymmetric loss, so that it becomes the value of a policy better than mu. In
-order:
+fitted to Q at the data's actions, by an asymmetric loss, so that it becomes the value of a policy better than mu.
 
   critic
     (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f asymmetric: V is the value of a policy better than mu
@@ -26,8 +25,7 @@ order:
     (11) pi(a|s) = mu(a|s) w(s, a) / Z(s), w = |f'(Q - V)| / |Q - V|
 
 B is the batch, O the size of an observation, A of an action. Equations have the same number in every file. A Gaussian
-is the yardstick: on `--env bandit` it fails, and the picture shows why. Read gmpo.py next: `diff iql_critic.py
-gmpo.py` puts a generative model in its place.
+fails on `--env bandit`, as its picture shows; gmpo.py, to be read next, has a generative model in its place.
 """
 
 import copy
@@ -59,7 +57,7 @@ class Args(RunArgs):
     critic_loss: Literal["expectile", "quantile", "exponential"] = "expectile"
     """f of Eq. (1)"""
     expectile: Inside | None = None
-    """tau of the expectile and the quantile loss: 0.5 is the mean or median, towards 1 V becomes the best action's"""
+    """tau of Eq. (1): 0.5 is the mean over the data's actions, towards 1 it becomes the best of them"""
     linex_alpha: Amount = 1.0
     """alpha of the exponential loss, on the scale of the scaled rewards"""
     linex_max: Count = 6
@@ -87,8 +85,7 @@ class Args(RunArgs):
 
 # What an argument that is None becomes: the entry of the dataset's name (or of its family, "own data", ...), over "*".
 SETTINGS = {
-    # IQL's own.
-    "*": dict(
+    "*": dict(  # IQL's own
         critic_lr=3e-4, critic_steps=1_000_000, policy_steps=1_000_000, policy_lr=3e-4, lr_decay=True,
         expectile=0.7, beta=3.0, dropout=0.0, normalize_obs=False, eval_every=50_000,
     ),
@@ -97,6 +94,8 @@ SETTINGS = {
     # Ours: budgets of minutes, chosen by trying.
     "halfcheetah-demo": dict(critic_steps=15_000, policy_steps=15_000, beta=1.0, normalize_obs=True, eval_every=5_000),
     "bandit": dict(critic_lr=1e-3, critic_steps=1_500, policy_steps=1_500, policy_lr=1e-3, beta=2.0, eval_every=500),
+    "maze2d-remade": dict(critic_steps=100_000, policy_steps=100_000, normalize_obs=True, eval_every=20_000),
+    "remade": dict(critic_steps=200_000, policy_steps=200_000, normalize_obs=True, eval_every=20_000),
     "own data": dict(critic_steps=100_000, policy_steps=100_000, beta=0.3, normalize_obs=True, eval_every=10_000),
 }  # fmt: skip
 
@@ -297,22 +296,18 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 
 @torch.no_grad()
 def evaluate(actor: Callable, critic: Critic, policy: GaussianActor, run: runs.Run, args: Args) -> dict:
-    """The scores of `actor`, (B, O) -> (B, A), over args.eval_episodes episodes."""
+    """The scores of `actor`, (B, O) -> (B, A), over args.eval_episodes episodes. On the bandit: the data's actions,
+    drawn again by the weights of Eq. (11), against the closed form, and a picture with the Gaussian beside them."""
     with torch.random.fork_rng():  # training goes on as if there had been no evaluation
         torch.manual_seed(args.seed + run.step)
-        if args.env == "bandit":
-            return evaluate_bandit(critic, policy, run, args)
-        return run.scores(actor) if args.eval_env else {}
-
-
-def evaluate_bandit(critic: Critic, policy: GaussianActor, run: runs.Run, args: Args) -> dict:
-    """The data's actions, drawn again by the weights of Eq. (11), against the closed form; beside them the Gaussian."""
-    weight = implicit_weights(advantages(critic, run.data), args)
-    implicit = run.data.action[torch.multinomial(weight, 4096, replacement=True)]
-    gaussian = policy.eval()(run.data.obs[:4096]).sample()
-    metrics, figure = bandit.report(implicit, implicit_target(args), **{"IQL's Gaussian": gaussian})
-    run.picture("bandit", figure)
-    return metrics
+        if args.env != "bandit":
+            return run.scores(actor) if args.eval_env else {}
+        weight = implicit_weights(advantages(critic, run.data), args)
+        implicit = run.data.action[torch.multinomial(weight, 4096, replacement=True)]
+        gaussian = policy.eval()(run.data.obs[:4096]).sample()
+        metrics, figure = bandit.report(implicit, implicit_target(args), **{"IQL's Gaussian": gaussian})
+        run.picture("bandit", figure)
+        return metrics
 
 
 def cosine(step: int, steps: int) -> float:

@@ -123,8 +123,9 @@ def folder(args, algorithm: str) -> Path:
 def lookup(settings: dict, env: str) -> tuple[str, dict]:
     """Whose settings a dataset has, and these settings: its own, else its family's, over those of "*"."""
     v0 = re.sub("^(antmaze-.*)-v[12]$", r"\1-v0", env)  # AntMaze's -v2 are its -v0 with mistakes corrected
-    kind = "remade" if env.endswith("-remade") else env.split("-")[0]
-    names = ["own data"] if own_data(env) else [env, v0, kind]
+    family = env.split("-")[0]
+    kinds = [f"{family}-remade", "remade"] if env.endswith("-remade") else [family]
+    names = ["own data"] if own_data(env) else [env, v0, *kinds]
     name = next((name for name in names if name in settings), "all datasets")
     return name, settings["*"] | settings.get(name, {})
 
@@ -133,7 +134,9 @@ def prepare(args, settings: dict, algorithm: str) -> tuple:
     """The arguments as filled in, and the data that they name; says what they are. Raises UserError as `fill_in` and
     datasets.load do, and if the environment's sizes are not those of the data."""
     args = fill_in(args, settings, algorithm)
-    data = datasets.load(args.env, args.device, args.eval_env, args.allow_unverified, args.reward_scale)
+    data = datasets.load(
+        args.env, args.device, args.eval_env, args.allow_unverified, args.reward_scale, args.rescale_actions
+    )
     if args.eval_env:
         datasets.check_sizes(data, environments.make(args.eval_env))
     score = f"{args.eval_env}, {args.eval_episodes} episodes" if args.eval_env else "none, see --eval-env"

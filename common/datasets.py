@@ -122,9 +122,8 @@ def load(name_or_path, device="cpu", eval_env=None, allow_unverified=False, rewa
     source, task, own = Path(name_or_path).expanduser(), name_or_path, False
     if task in MADE_HERE or task in TASKS:
         source = cache_folder() / f"{task}.hdf5"
-        if task in TASKS:
-            source = _task_file(task, TASKS[task], allow_unverified)
-        elif not source.exists():
+        source = _task_file(task, TASKS[task], allow_unverified) if task in TASKS else source
+        if not source.exists():
             _write(source, partial(MADE_HERE[task], task))
         raw = read_file(source)
     elif task.startswith(MINARI):

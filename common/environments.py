@@ -239,19 +239,14 @@ def renderer() -> str | None:
     return None
 
 
-def default_episodes(name: str | None) -> int:
-    """How many episodes an evaluation has: 100 in AntMaze, where a return is 0 or 1, else 10."""
-    return 100 if name and family(name) == "antmaze" else 10
-
-
 @torch.no_grad()
 def rollout(
     actor: Callable, name: str, episodes: int, seed: int, device: str = "cpu", limit: int = 1000
-) -> tuple[np.ndarray, np.ndarray]:
-    """Play episodes in `make(name)`, all in lock-step, with one call of `actor` a step, (B, O) -> (B, A) in [-1, 1].
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Play E episodes in `make(name)`, all in lock-step, with one call of `actor` a step, (E, O) -> (E, A) in [-1, 1].
 
-    Returns their undiscounted returns (E,), and the first two numbers of every observation (T, E, 2), NaN when an
-    episode is over: in a maze, where it went. `limit` ends episodes of an environment that has no limit of its own.
+    Returns their undiscounted returns (E,) and, for mazes, the way of each episode (T, 2) and its goal (2,). `limit`
+    ends episodes of an environment that has no limit of its own.
     """
     envs = gymnasium.vector.SyncVectorEnv([partial(make, name)] * episodes)
     if getattr(envs.envs[0].spec, "max_episode_steps", None) is None:
@@ -259,15 +254,18 @@ def rollout(
     else:
         limit = sys.maxsize
     obs, _ = envs.reset(seed=[int(k) for k in np.random.SeedSequence(seed).generate_state(episodes)])
-    total, over, places = np.zeros(episodes), np.zeros(episodes, bool), []
-    while not over.all() and len(places) < limit:
-        places.append(np.where(over[:, None], np.nan, obs[:, :2]))
+    goals = [env.unwrapped.target for env in envs.envs] if name in mazes.TASKS else []
+    total, over, ways, step = np.zeros(episodes), np.zeros(episodes, bool), [[] for _ in goals], 0
+    while not over.all() and step < limit:
+        for k in np.flatnonzero(~over[: len(ways)]):
+            ways[k].append(obs[k, :2])
         action = actor(torch.as_tensor(obs, dtype=torch.float32, device=device))
         obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
         total += reward * ~over  # a finished environment starts again; those rewards do not count
         over |= terminated | truncated
+        step += 1
     envs.close()
-    return total, np.stack(places)
+    return total, [np.array(way) for way in ways], goals
 
 
 def score_metrics(returns: np.ndarray, name: str) -> dict[str, float]:

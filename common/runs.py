@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import Interrupted, TrainingError, UserError, datasets, environments, trained
+from common import Interrupted, TrainingError, UserError, datasets, environments, mazes, trained
 
 INTERVAL = 10  # seconds between two lines of a run that is not on a terminal
 
@@ -121,7 +121,7 @@ class Run:
         """
         if not self.args.eval_only and not (self.path / "checkpoint.pt").exists():
             return 0
-        state = trained.load_checkpoint(self.path, self.algorithm)
+        state = trained.load_checkpoint(self.path, self.algorithm, self.args.device)
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
@@ -131,9 +131,9 @@ class Run:
         self.started -= state["seconds"]  # as if the run had never stopped
         if self.step > self.total and not self.args.eval_only:
             raise UserError(f"the run in {self.path} is at step {self.step} already, beyond the {self.total} wanted")
-        torch.set_rng_state(state["rng"])
+        torch.set_rng_state(state["rng"].cpu())
         if state["cuda_rng"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda_rng"])
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu())
         return self.step
 
     def steps(self, start: int) -> Iterator[tuple[int, str]]:
@@ -165,12 +165,15 @@ class Run:
 
     def phase(self, name: str, end: int) -> Iterator[tuple[int, str]]:
         """The steps up to `end`; says early, and off a terminal every INTERVAL seconds, how long they will take."""
-        first, begun, due = self.step, time.time(), time.time() + INTERVAL / 2
+        first = None
         while self.step < end:
             self.step += 1
             yield self.step, name
             self.bar.update()
-            if (now := time.time()) > due and self.step < end:
+            now = time.time()
+            if first is None:  # a first step may take longer: it is not measured
+                first, begun, due = self.step, now, now + INTERVAL / 2
+            elif now > due and self.step < end:
                 speed = (self.step - first) / (now - begun)
                 needed = timedelta(seconds=(end - self.step) // speed)
                 look = "; for a shorter look: --critic-steps 10000 --policy-steps 10000" if needed.days else ""
@@ -246,8 +249,13 @@ class Run:
     def scores(self, actor: Callable) -> dict[str, float]:
         """The scalars of an evaluation: `actor` plays args.eval_episodes episodes, seeded by seed and step."""
         args, seed = self.args, 10**8 * self.args.seed + self.step
-        played = environments.rollout(actor, args.eval_env, args.eval_episodes, seed, args.device, args.eval_steps)
-        return environments.score_metrics(played[0], args.eval_env)
+        returns, ways, goals = environments.rollout(
+            actor, args.eval_env, args.eval_episodes, seed, args.device, args.eval_steps
+        )
+        if ways:
+            places = self.data.obs[:, :2].cpu().numpy()
+            self.picture("maze", mazes.picture(args.eval_env, places, ways[:20], goals[:20]))
+        return environments.score_metrics(returns, args.eval_env)
 
     def film(self, actor: Callable) -> None:
         if (args := self.args).video:

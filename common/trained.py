@@ -52,8 +52,8 @@ def curves(folder: Path) -> Figure:
     return figure
 
 
-def load_checkpoint(path: str | Path, algorithm: str | None = None) -> dict:
-    """The content of a run's checkpoint.pt, given it or its folder.
+def load_checkpoint(path: str | Path, algorithm: str | None = None, device: str = "cpu") -> dict:
+    """The content of a run's checkpoint.pt, given it or its folder; its tensors on `device`.
 
     Raises UserError if it is missing, damaged, of another version, or of another algorithm than the one named.
     """
@@ -61,7 +61,7 @@ def load_checkpoint(path: str | Path, algorithm: str | None = None) -> dict:
     if not path.exists():
         raise UserError(f"{path} does not exist; a run writes it at its first checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}); use another one") from None
     found = state.get("format", "unknown") if isinstance(state, dict) else "unknown"
