@@ -120,7 +120,7 @@ def help_of(name, *words):
     """Flag -> its help, of python <name>.py --help <words>."""
     code, out, _ = command(name, "--help", *words)
     assert code == 0
-    entries = [re.sub(r"[\s│╰╯─]+", " ", entry).strip() for entry in re.split(r"\n│ (?=-)", out)]
+    entries = [re.sub(r"[\s│╰╯─]+", " ", entry).strip() for entry in re.split(r"\n[│ ] (?=-)", out)]
     return {re.match("-[^ ,]*", entry)[0]: entry for entry in entries[1:]} | {"": entries[0]}
 
 
@@ -262,7 +262,7 @@ def test_rules(kind, good, bad):
 
 BAD = {  # flags -> what the sentence must say
     "--env hoper-medium-v2": "hopper-medium-v2",
-    "--env {files}/missing.hdf5": "missing.hdf5 does not exist",
+    "--env {files}/missing.hdf5": "missing.hdf5 is neither a file that exists",
     "--env {files}/damaged.hdf5": "damaged.hdf5 is damaged",
     "--env {files}/nan.hdf5": "rewards is NaN or infinite, first in row 7",
     "--env {files}/own.hdf5 --eval-env hopper": "observations have size 3",
