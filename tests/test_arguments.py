@@ -13,7 +13,19 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from running import FILES, command, content, differences, load, refused, tiny_args, tiny_flags, train, write_data
+from running import (
+    FILES,
+    command,
+    content,
+    differences,
+    draw_nothing,
+    load,
+    refused,
+    tiny_args,
+    tiny_flags,
+    train,
+    write_data,
+)
 
 from common import arguments, environments
 
@@ -28,6 +40,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
+    draw_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from running import (
     command,
     content,
     differences,
+    draw_nothing,
     load,
     logged,
     refused,
@@ -53,6 +54,7 @@ OWN_SCALARS = {"gmpg": {"policy/undone"}, "idql": {"eval/candidates"}}
 def elsewhere(tmp_path, monkeypatch):
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
+    draw_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from running import FILES, command, load, train, write_data
+from running import FILES, command, draw_nothing, load, train, write_data
 
 from common import UserError, environments
 
@@ -22,6 +22,7 @@ def elsewhere(tmp_path, monkeypatch):
     """A folder with data of Hopper's sizes."""
     write_data(tmp_path / "own.hdf5", 11, 3)
     monkeypatch.chdir(tmp_path)
+    draw_nothing(monkeypatch)
 
 
 @pytest.fixture
