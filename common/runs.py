@@ -88,9 +88,7 @@ class Run:
 
     def __init__(self, args, algorithm: str, data: datasets.Dataset, phases: dict[str, int], **parts):
         """`phases`: name -> gradient steps, in order. `parts`: what a checkpoint holds; each has a state_dict.
-
-        Raises UserError if the folder can't be written, is in use, or holds a run on other data.
-        """
+        Raises UserError if the folder can't be written, is in use, or holds a run on other data."""
         self.args, self.algorithm, self.data, self.phases, self.parts = args, algorithm, data, phases, parts
         self.path, self.total, self.step, self.scored = args.run_dir, sum(phases.values()), 0, None
         self.best, self.last, self.started, self.signal, self.warned = -math.inf, {}, time.time(), None, False
@@ -115,10 +113,8 @@ class Run:
         print("gradient steps:", ", then ".join(f"{name} {n:,}" for name, n in phases.items() if n) or "none")
 
     def restore(self) -> int:
-        """Load the checkpoint into the parts; returns its step, or 0 if there is none to go on from.
-
-        Raises UserError if it is damaged, of other networks, too far, or missing where it is to be evaluated.
-        """
+        """Load the checkpoint into the parts; returns its step, or 0 if there is none to go on from. Raises UserError
+        if it is damaged, of other networks, too far, or missing where it is to be evaluated."""
         if not self.args.eval_only and not (self.path / "checkpoint.pt").exists():
             return 0
         state = trained.load_checkpoint(self.path, self.algorithm, self.args.device)
@@ -137,10 +133,8 @@ class Run:
         return self.step
 
     def steps(self, start: int) -> Iterator[tuple[int, str]]:
-        """(step, phase) for all steps after `start`, with a progress bar, or off a terminal a line every ten seconds.
-
-        Drops what was logged after `start`. Ctrl-C and SIGTERM raise Interrupted when the step is done and saved.
-        """
+        """(step, phase) for all steps after `start`; what was logged after it is dropped. Ctrl-C and SIGTERM raise
+        Interrupted when the step is done and saved."""
         write(self.path / "config.json", self.config)  # only now: nothing of a refused resume is kept
         rows = [json.dumps(row) + "\n" for row in trained.read_metrics(self.path) if row["step"] <= start]
         write(self.path / "metrics.jsonl", "".join(rows).encode())
@@ -248,14 +242,11 @@ class Run:
 
     def scores(self, actor: Callable) -> dict[str, float]:
         """The scalars of an evaluation: `actor` plays args.eval_episodes episodes, seeded by seed and step."""
-        args, seed = self.args, 10**8 * self.args.seed + self.step
-        returns, ways, goals = environments.rollout(
-            actor, args.eval_env, args.eval_episodes, seed, args.device, args.eval_steps
-        )
+        args, env, seed = self.args, self.args.eval_env, 10**8 * self.args.seed + self.step
+        returns, ways, goals = environments.rollout(actor, env, args.eval_episodes, seed, args.device, args.eval_steps)
         if ways:
-            places = self.data.obs[:, :2].cpu().numpy()
-            self.picture("maze", mazes.picture(args.eval_env, places, ways[:20], goals[:20]))
-        return environments.score_metrics(returns, args.eval_env)
+            self.picture("maze", mazes.picture(env, self.data.obs[:, :2].cpu().numpy(), ways[:20], goals[:20]))
+        return environments.score_metrics(returns, env)
 
     def film(self, actor: Callable) -> None:
         if (args := self.args).video:

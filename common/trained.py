@@ -45,7 +45,8 @@ def curves(folder: Path) -> Figure:
     rows = read_metrics(folder)
     names = sorted({key for row in rows for key in row} - {"step"})
     height = max(1, math.ceil(len(names) / 4))
-    figure = Figure(figsize=(12, 2.4 * height), layout="constrained")
+    figure = Figure(figsize=(12, 2.4 * height))
+    figure.subplots_adjust(0.05, 0.12 / height, 0.98, 1 - 0.12 / height, wspace=0.25, hspace=0.35)
     for k, name in enumerate(names, 1):
         axes = figure.add_subplot(height, 4, k, title=name)
         axes.plot(*zip(*[(row["step"], row[name]) for row in rows if name in row]), marker=".")

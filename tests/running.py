@@ -11,8 +11,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from common import arguments, runs
+from common import arguments, runs, trained
 
 FILES = ["iql_critic", "gmpo", "gmpg", "idql"]
 TINY = dict(
@@ -99,6 +100,11 @@ def differences(a, b, where=""):
     if isinstance(a, list | tuple):
         return [d for k, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{where}/{k}")]
     return [] if (torch.equal(a, b) if torch.is_tensor(a) else a == b) else [where]
+
+
+def draw_nothing(monkeypatch):
+    """curves.png takes ten times as long as a tiny run: only runs that module fixtures make draw it."""
+    monkeypatch.setattr(trained, "curves", lambda folder: Figure())
 
 
 class Stopped(Exception):

@@ -35,6 +35,10 @@ def definitions(name: str) -> dict[str, tuple[int, int, str]]:
     return found
 
 
+def files() -> list[str]:
+    return [name for name in FILES if (ROOT / name).exists()]
+
+
 def changed_lines(one: str, other: str) -> int:
     """How many lines `diff one other` shows."""
     shown = subprocess.run(["diff", ROOT / one, ROOT / other], capture_output=True, text=True).stdout
@@ -44,7 +48,7 @@ def changed_lines(one: str, other: str) -> int:
 def copy_from(source: str) -> None:
     """Write the shared definitions of `source` into every other file, last one first so that line numbers stay true."""
     shared = definitions(source)
-    for name in set(FILES) - {source}:
+    for name in set(files()) - {source}:
         lines = (ROOT / name).read_text().splitlines()
         for key, (first, last, text) in sorted(definitions(name).items(), key=lambda item: -item[1][0]):
             if key in shared and key not in OWN and shared[key][2] != text:

@@ -25,6 +25,7 @@ from running import (
     command,
     content,
     differences,
+    draw_nothing,
     load,
     logged,
     refused,
@@ -53,6 +54,7 @@ OWN_SCALARS = {"gmpg": {"policy/undone"}, "idql": {"eval/candidates"}}
 def elsewhere(tmp_path, monkeypatch):
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
+    draw_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -260,11 +262,10 @@ def test_how_long_a_phase_takes_is_said_early_and_off_a_terminal_again(terminal,
     begun, seen = time.time(), []
     for step, phase in bare_run(critic=50, policy=50).steps(0):
         assert phase == ("critic" if step <= 50 else "policy")
-        time.sleep(0.02)  # 1 s a phase
+        time.sleep(0.02)  # a second a phase, or more
         seen += [(time.time() - begun, line) for line in capsys.readouterr().out.splitlines() if "steps/s" in line]
-    assert 0.2 < seen[0][0] < 0.4 and re.match(
-        r"step \d+ of 100; critic: [34]\d(\.\d)? steps/s, 0:00:00 to go", seen[0][1]
-    )
+    found = re.match(r"step (\d+) of 100; critic: ([\d.]+) steps/s, 0:00:\d\d to go$", seen[0][1])
+    assert seen[0][0] > 0.2 and 2 <= int(found[1]) <= 12 and float(found[2]) < 50
     counts = [sum(f"; {phase}: " in line for _, line in seen) for phase in ("critic", "policy")]
     assert counts == [1, 1] if terminal else min(counts) >= 2
 

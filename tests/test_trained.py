@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from running import FILES, differences, load, tiny_args, train, write_data
+from running import FILES, differences, draw_nothing, load, tiny_args, train, write_data
 
 from common import UserError, datasets, trained
 
@@ -145,7 +145,8 @@ def test_load_checkpoint_runs_no_code(tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if hasattr(tiny_args(name), "critic")])
-def test_a_trained_critic_is_taken_as_it_is_with_its_normalisation(name, tmp_path):
+def test_a_trained_critic_is_taken_as_it_is_with_its_normalisation(name, tmp_path, monkeypatch):
+    draw_nothing(monkeypatch)
     changes = dict(env=str(write_data(tmp_path / "own.hdf5")))
     train("iql_critic", run_dir=tmp_path / "critic", **changes)
     train(name, run_dir=tmp_path / "run", critic=tmp_path / "critic", normalize_obs=False, **changes)
