@@ -53,7 +53,7 @@ METHODS = {
 PATHS = {f"{method}-{path}": f"{method}.py --path {path}" for method in ("gmpo", "gmpg") for path in ("vp", "icfm")}
 # The same diffusion model, acting in another way: the run of the row `idql`, scored again.
 EXTRACTIONS = {f"idql-{name}": f"idql.py --extraction {name} --eval-only" for name in ("implicit", "softmax")}
-MORE = {"bandit": PATHS | EXTRACTIONS, "halfcheetah-demo": PATHS}
+MORE = {"bandit": EXTRACTIONS | PATHS, "halfcheetah-demo": PATHS}
 EPISODES = 100
 BUDGET = ("critic_steps", "behaviour_steps", "policy_steps", "batch_size", "policy_batch_size", "beta", "device")
 
@@ -65,7 +65,7 @@ class Args:
     seeds: tuple[int, ...] = (0, 1, 2)
     """of every row"""
     workers: int = os.cpu_count() or 1
-    """runs at a time; each has its share of the cores"""
+    """runs at a time; each has its share of the cores, or OMP_NUM_THREADS threads if that is set"""
     flags: str = ""
     """added to every command, such as --cudagraph"""
     tables_only: bool = False
@@ -145,9 +145,9 @@ def list_jobs(args: Args) -> list[Job]:
 def call(command: str, log: Path, args: Args) -> None:
     """Run one of the files in args.folder, into a log. Raises TrainingError with the log's last line if it fails."""
     file, *flags = shlex.split(command)
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.workers))}
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.workers))} | os.environ
     with log.open("a") as out:
-        done = subprocess.run([sys.executable, ROOT / file, *flags], cwd=args.folder, env=os.environ | threads,
+        done = subprocess.run([sys.executable, ROOT / file, *flags], cwd=args.folder, env=threads,
                               stdout=out, stderr=subprocess.STDOUT)  # fmt: skip
     if done.returncode:
         last = (log.read_text().splitlines() or [""])[-1]
