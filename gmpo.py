@@ -29,7 +29,7 @@ the data in the model's ordinary training loss. In order:
 
 B is the batch, O the size of an observation, A of an action, K the sampled actions of a state. Equations have the same
 number in every file. This file can be read alone. After it, `diff gmpo.py gmpg.py` shows a policy gradient in the place
-of section 5, and `diff gmpo.py idql.py` the critic's weights at acting time.
+of section 5, and `diff gmpo.py idql.py` shows the critic's weights applied when acting, not in training.
 """
 
 import copy
@@ -49,8 +49,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from common import arguments, bandit, datasets, runs, samplers, trained
 from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 
+NAME = "gmpo"
+
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments (those of every run, --env and --seed among them, are in common/arguments.py)
+# 1. Arguments; RunArgs has --env, --seed and what else every run has. Amount and Steps are >= 0, Count is >= 1
 
 
 @dataclass
@@ -69,15 +71,15 @@ class Args(RunArgs):
     """share of the new weights in Eq. (3)"""
 
     path: Literal["vp", "gvp", "icfm"] = "gvp"
-    """Eq. (4): vp variance-preserving diffusion (predicts noise); gvp trigonometric, icfm straight line (velocity)"""
+    """Eq. (4): vp variance-preserving diffusion, gvp trigonometric path, icfm straight line"""
     network: Literal["mlp", "paper"] | None = None
     """paper: the U-shaped net of the reference code, the state through 32 numbers; mlp: the state beside the action"""
     solver: Literal["dpmpp", "ddim", "sde", "euler", "midpoint", "rk4"] = "dpmpp"
     """how Eq. (6) is integrated; dpmpp is DPM-Solver++(2M), the others need more steps than its 10"""
     sampler_steps: Count | None = None
-    """steps of the solver"""
+    """steps of the sampler"""
     act_noise: Amount = 1.0
-    """scale of the noise that actions start from when the policy acts: 1 samples it, 0 takes its most typical action"""
+    """scale of the noise that actions start from: 1 samples the policy, 0 starts at the noise's mean"""
 
     behaviour: Path | None = None
     """a run with --beta 0 --critic-steps 0 (its folder), a model of mu: Eq. (9) takes the place of Eq. (8)"""
@@ -97,9 +99,11 @@ class Args(RunArgs):
     """transitions a gradient step"""
 
 
-OURS = dict(batch_size=256, policy_lr=1e-3, lr_decay=True, normalize_obs=True, network="mlp")  # off D4RL's data
+# differs from the paper: on data that are not D4RL's the net is a plain MLP, an eleventh of the size of the paper's
+OURS = dict(batch_size=256, policy_lr=1e-3, lr_decay=True, normalize_obs=True, network="mlp")
 
-# What an argument that is None becomes: the entry of the dataset's name (or of its family, "own data", ...), over "*".
+# What an argument that is None becomes: what "*" says, unless the entry that fits --env best says otherwise: its name,
+# else its kind ("own data": a file; "remade": made on the spot), else its family (antmaze).
 SETTINGS = {
     # The reference code's, its epochs turned into steps at its batch of 4096; sampler_steps and eval_every are ours.
     "*": dict(
@@ -122,8 +126,7 @@ SETTINGS = {
         for maze, beta in (("umaze-diverse", 16.0), ("medium-play", 12.0), ("medium-diverse", 12.0),
                            ("large-play", 16.0), ("large-diverse", 4.0))
     },
-    # The paper has none for these: IQL's.
-    **{family: dict(beta=0.5) for family in ("kitchen", "pen", "hammer", "door", "relocate")},
+    **{family: dict(beta=0.5) for family in ("kitchen", "pen", "hammer", "door", "relocate")},  # IQL's, for want of one
     "antmaze": dict(expectile=0.9, beta=10.0),
     # Ours: budgets of minutes, chosen by trying.
     "halfcheetah-demo": OURS | dict(critic_steps=15_000, policy_steps=10_000, beta=1.0, eval_every=2_500),
@@ -200,8 +203,6 @@ class Value(nn.Module):
 
 class StateMLP(nn.Module):
     """net(x_t, t, s), the state beside the noisy action: (B, A), (B,), (B, O) -> (B, A)."""
-
-    # differs from the paper: on data that are not D4RL's the net is this one, an eleventh of the size of the paper's
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
@@ -307,10 +308,9 @@ def velocity(net: nn.Module, x: Tensor, t: Tensor, obs: Tensor, path: str) -> Te
     out = net(x, t.expand(len(x)), obs)
     if PREDICTS[path] == "velocity":
         return out
-    t = t.clamp(min=1e-3)  # 1 / sigma_t is infinite at t = 0
-    alpha, sigma = alpha_sigma(t, path)
-    d_alpha, _ = d_alpha_sigma(t, path)
-    return d_alpha / alpha * (x - out / sigma)  # alpha' a + sigma' eps, with a = (x - sigma eps) / alpha
+    t = t.clamp(min=1e-3)  # sigma'_t of vp is infinite at t = 0
+    (alpha, sigma), (d_alpha, d_sigma) = alpha_sigma(t, path), d_alpha_sigma(t, path)
+    return d_alpha * (x - sigma * out) / alpha + d_sigma * out  # alpha' a + sigma' eps
 
 
 def noise_prediction(net: nn.Module, x: Tensor, t: Tensor, obs: Tensor, path: str) -> Tensor:
@@ -348,12 +348,13 @@ class Critic(nn.Module):
 
 
 def f(u: Tensor, args: Args) -> Tensor:
-    """The expectile loss of Eq. (1), elementwise at u = Q - V."""
+    """|tau - 1[u < 0]| u^2, the expectile loss of Eq. (1), elementwise at u = Q - V."""
     return torch.where(u > 0, args.expectile, 1 - args.expectile) * u.square()
 
 
 def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tensor, dict]:
-    """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. Rewards are scaled by the dataset."""
+    """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. The batch's rewards are scaled already,
+    and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
         q_slow = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
         # differs from IQL's and IDQL's code: V as it is before its own step, as in GMPO's code; theirs is after it
@@ -402,13 +403,13 @@ def policy_loss(policy: nn.Module, batch: datasets.Batch, weight: Tensor, args: 
 
 
 def sampled_policy_loss(
-    policy: nn.Module, behaviour: nn.Module, critic: Critic, obs: Tensor, args: Args
+    policy: nn.Module, behaviour: tuple[nn.Module, Args], critic: Critic, obs: Tensor, args: Args
 ) -> tuple[Tensor, dict]:
-    """Eq. (9): (B, O) -> the loss."""
+    """Eq. (9). `behaviour` is a model of mu and its own arguments, from `load_net`."""
     # differs from the reference code: there the samples of different states are mixed up, and Eq. (9) crashes
     with torch.no_grad():
         repeated = obs.repeat_interleave(args.candidates, 0)  # (B K, O), the K rows of a state side by side
-        action = sample(behaviour, repeated, args).clamp(-1, 1)  # (B K, A)
+        action = sample(behaviour[0], repeated, behaviour[1]).clamp(-1, 1)  # (B K, A)
         q = critic.q(repeated, action).amin(0).view(-1, args.candidates)  # (B, K)
         weight = torch.softmax(args.beta * q, -1).flatten()  # (B K,)
     loss = (weight * matching_loss(policy, repeated, action, args)).sum() / len(obs)
@@ -422,7 +423,7 @@ def act(policy: nn.Module, obs: Tensor, args: Args) -> Tensor:
 
 def load_net(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Args]:
     """The trained net of a run (its folder or checkpoint), and its arguments. Raises UserError if it can't be read."""
-    checkpoint = trained.load_checkpoint(path, "gmpo")
+    checkpoint = trained.load_checkpoint(path, NAME)
     args = trained.saved_args(checkpoint, Args)
     net = make_policy(*checkpoint["sizes"], args).to(device)
     net.load_state_dict(checkpoint["policy"])
@@ -453,7 +454,7 @@ def evaluate(actor: Callable, run: runs.Run, args: Args) -> dict:
 
 
 def evaluate_bandit(actor: Callable, run: runs.Run, args: Args) -> dict:
-    """The policy's actions against the closed form mu exp(beta Q) / Z."""
+    """The policy's actions against the closed form mu exp(beta Q) / Z; Q is the reward, and mu has all modes alike."""
     target = torch.softmax(args.beta * bandit.REWARDS, -1)
     metrics, figure = bandit.report(actor(torch.zeros(4096, 1, device=args.device)), target)
     run.picture("bandit", figure)
@@ -467,7 +468,7 @@ def cosine(step: int, steps: int) -> float:
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args, data = arguments.prepare(args, SETTINGS, "gmpo")
+    args, data = arguments.prepare(args, SETTINGS, NAME)  # with --critic, critic_steps is 0 now
     torch.manual_seed(args.seed)
     critic = Critic(data.obs_dim, data.action_dim).to(args.device)
     policy = make_policy(data.obs_dim, data.action_dim, args).to(args.device)
@@ -475,7 +476,7 @@ def train(args: Args) -> dict:
         fit_normalizers(data.obs, critic, policy)
     if args.critic:
         trained.load_critic(critic, args)
-    behaviour = load_net(args.behaviour, args.device)[0] if args.behaviour else None  # the model of mu of Eq. (9)
+    behaviour = load_net(args.behaviour, args.device) if args.behaviour else None  # the model of mu of Eq. (9)
 
     # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
     adam = dict(fused=True, capturable=args.cudagraph)
@@ -483,9 +484,8 @@ def train(args: Args) -> dict:
     policy_lr = torch.tensor(args.policy_lr, device=args.device)
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=policy_lr, **adam)
     policy_schedule = LambdaLR(policy_optimizer, partial(cosine, steps=args.policy_steps))
-    critic_loss_fn, policy_loss_fn, act_fn = (
-        torch.compile(function) if args.compile else function for function in (critic_loss, policy_loss, act)
-    )
+    compiled = torch.compile if args.compile else (lambda fn: fn)
+    critic_loss_fn, policy_loss_fn, act_fn = map(compiled, (critic_loss, policy_loss, act))
 
     def critic_update() -> dict:
         loss, metrics = critic_loss_fn(critic, data.sample(args.batch_size), args)  # Eqs. (1), (2)
@@ -495,7 +495,7 @@ def train(args: Args) -> dict:
         update_target(critic.target_q, critic.q, args.target_rate)  # Eq. (3)
         return metrics
 
-    weight = None  # of every transition, (N,): computed when the critic is trained
+    weight = None  # of every transition, (N,): set below, when the critic's steps are done
 
     def policy_update() -> dict:
         index = torch.randint(len(data), (args.batch_size,), device=args.device)
@@ -511,7 +511,7 @@ def train(args: Args) -> dict:
     if args.cudagraph:
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     run = runs.Run(
-        args, "gmpo", data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,
+        args, NAME, data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,
         critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer, policy_schedule=policy_schedule,
     )  # fmt: skip
     start = run.restore()
@@ -519,7 +519,7 @@ def train(args: Args) -> dict:
     if args.eval_only:
         return run.show(evaluate(actor, run, args), actor)
 
-    for step, phase in run.steps(start):
+    for step, phase in run.steps(start):  # all steps of a phase, then those of the next; step counts on, from 1
         if phase == "critic":
             metrics = critic_update()
         else:
@@ -530,10 +530,10 @@ def train(args: Args) -> dict:
                 policy_schedule.step()
             if step % args.eval_every == 0 or step == run.total:
                 metrics |= evaluate(actor, run, args)
-        run.log(step, metrics)
-        run.save(step)
+        run.log(step, metrics)  # every log_every steps; stops the run at NaN
+        run.save(step)  # every save_every steps
     return run.finish(actor)
 
 
 if __name__ == "__main__":
-    arguments.main("gmpo", train, Args, SETTINGS)
+    arguments.main(NAME, train, Args, SETTINGS)

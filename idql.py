@@ -45,8 +45,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from common import arguments, bandit, datasets, runs, samplers, trained
 from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 
+NAME = "idql"
+
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments (those of every run, --env and --seed among them, are in common/arguments.py)
+# 1. Arguments; RunArgs has --env, --seed and what else every run has. Amount and Steps are >= 0, Count is >= 1
 
 
 @dataclass
@@ -93,9 +95,10 @@ class Args(RunArgs):
     """transitions a gradient step of the diffusion model"""
 
 
-OURS = dict(policy_batch_size=256, normalize_obs=True, eval_every=10_000)  # off D4RL's data
+OURS = dict(policy_batch_size=256, normalize_obs=True, eval_every=10_000)  # for data that are not D4RL's
 
-# What an argument that is None becomes: the entry of the dataset's name (or of its family, "own data", ...), over "*".
+# What an argument that is None becomes: what "*" says, unless the entry that fits --env best says otherwise: its name,
+# else its kind ("own data": a file; "remade": made on the spot), else its family (antmaze).
 SETTINGS = {
     # The paper's text: two actor steps of 1024 for each of the critic's 256, N = 64 in all domains. The authors' last
     # code has other settings, which score 2 to 4 points lower on walker2d-medium by their word.
@@ -269,7 +272,8 @@ def f(u: Tensor, args: Args) -> Tensor:
 
 
 def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tensor, dict]:
-    """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. Rewards are scaled by the dataset."""
+    """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. The batch's rewards are scaled already,
+    and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
         q_slow = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
         # differs from IQL's and IDQL's code: V as it is before its own step, as in GMPO's code; theirs is after it
@@ -345,7 +349,7 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 
     Its noise comes from torch's default generator. Raises UserError if the run can't be read.
     """
-    checkpoint = trained.load_checkpoint(path, "idql")
+    checkpoint = trained.load_checkpoint(path, NAME)
     args, sizes = trained.saved_args(checkpoint, Args), checkpoint["sizes"]
     critic, ema = Critic(*sizes).to(device), LNResNet(*sizes, args.dropout).to(device).eval()
     critic.load_state_dict(checkpoint["critic"])
@@ -386,7 +390,7 @@ def cosine(step: int, steps: int) -> float:
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args, data = arguments.prepare(args, SETTINGS, "idql")
+    args, data = arguments.prepare(args, SETTINGS, NAME)  # with --critic, critic_steps is 0 now
     # differs from the authors' code: all of the data is trained on, not a random 95 %
     torch.manual_seed(args.seed)
     critic = Critic(data.obs_dim, data.action_dim).to(args.device)
@@ -403,9 +407,8 @@ def train(args: Args) -> dict:
     policy_lr = torch.tensor(args.policy_lr, device=args.device)
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=policy_lr, **adam)
     policy_schedule = LambdaLR(policy_optimizer, partial(cosine, steps=args.policy_steps))
-    critic_loss_fn, policy_loss_fn, act_fn = (
-        torch.compile(function) if args.compile else function for function in (critic_loss, policy_loss, act)
-    )
+    compiled = torch.compile if args.compile else (lambda fn: fn)
+    critic_loss_fn, policy_loss_fn, act_fn = map(compiled, (critic_loss, policy_loss, act))
 
     def critic_update() -> dict:
         loss, metrics = critic_loss_fn(critic, data.sample(args.batch_size), args)  # Eqs. (1), (2)
@@ -427,7 +430,7 @@ def train(args: Args) -> dict:
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     # differs from the authors' code: of its two actor steps beside each critic step, one had an empty batch
     run = runs.Run(
-        args, "idql", data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,
+        args, NAME, data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,
         ema=ema, critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer, policy_schedule=policy_schedule,
     )  # fmt: skip
     start = run.restore()
@@ -435,7 +438,7 @@ def train(args: Args) -> dict:
     if args.eval_only:
         return run.show(evaluate(actor, run, args) | {"eval/candidates": args.candidates}, actor)
 
-    for step, phase in run.steps(start):
+    for step, phase in run.steps(start):  # all steps of a phase, then those of the next; step counts on, from 1
         if phase == "critic":
             metrics = critic_update()
         else:
@@ -443,10 +446,10 @@ def train(args: Args) -> dict:
             policy_schedule.step()
             if step % args.eval_every == 0 or step == run.total:
                 metrics |= evaluate(actor, run, args) | {"eval/candidates": args.candidates}
-        run.log(step, metrics)
-        run.save(step)
+        run.log(step, metrics)  # every log_every steps; stops the run at NaN
+        run.save(step)  # every save_every steps
     return run.finish(actor)
 
 
 if __name__ == "__main__":
-    arguments.main("idql", train, Args, SETTINGS)
+    arguments.main(NAME, train, Args, SETTINGS)

@@ -3,12 +3,10 @@
     python iql_critic.py                                         halfcheetah-demo, made on the spot, minutes on a laptop
     python iql_critic.py --env bandit                            a problem with a known answer, seconds
     python iql_critic.py --env halfcheetah-medium-expert-v2      D4RL's data, physics and score
-    python iql_critic.py --critic-loss exponential               another f in Eq. (1)
     python gmpo.py --critic runs/halfcheetah-demo/iql_critic/seed0   the other files take this critic
 
-Papers: Kostrikov et al., "Offline Reinforcement Learning with Implicit Q-Learning", arXiv:2110.06169 (IQL: this file,
-by default); Hansen-Estruch et al., "IDQL: Implicit Q-Learning as an Actor-Critic Method with Diffusion Policies",
-arXiv:2304.10573 (any convex f).
+Papers: Kostrikov et al., "Offline Reinforcement Learning with Implicit Q-Learning", arXiv:2110.06169 (IQL: the file's
+defaults); Hansen-Estruch et al., "IDQL: ...", arXiv:2304.10573 (any convex f).
 
 Offline RL: D holds transitions (s, a, r, s', d) of an unknown behaviour policy mu(a|s), and nothing more is ever
 collected. A critic that is asked what an action outside the data is worth invents an answer. IQL never asks: V is
@@ -44,8 +42,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from common import arguments, bandit, datasets, runs, trained
 from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 
+NAME = "iql_critic"
+
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments (those of every run, --env and --seed among them, are in common/arguments.py)
+# 1. Arguments; RunArgs has --env, --seed and what else every run has. Amount and Steps are >= 0, Count is >= 1
 
 
 @dataclass
@@ -83,7 +83,8 @@ class Args(RunArgs):
     """transitions a gradient step"""
 
 
-# What an argument that is None becomes: the entry of the dataset's name (or of its family, "own data", ...), over "*".
+# What an argument that is None becomes: what "*" says, unless the entry that fits --env best says otherwise: its name,
+# else its kind ("own data": a file; "remade": made on the spot), else its family (antmaze).
 SETTINGS = {
     "*": dict(  # IQL's own
         critic_lr=3e-4, critic_steps=1_000_000, policy_steps=1_000_000, policy_lr=3e-4, lr_decay=True,
@@ -200,7 +201,8 @@ def f(u: Tensor, args: Args) -> Tensor:
 
 
 def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tensor, dict]:
-    """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. Rewards are scaled by the dataset."""
+    """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. The batch's rewards are scaled already,
+    and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
         q_slow = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
         # differs from IQL's and IDQL's code: V as it is before its own step, as in GMPO's code; theirs is after it
@@ -283,7 +285,7 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 
     Raises UserError if the run (its folder, or checkpoint.pt) can't be read.
     """
-    checkpoint = trained.load_checkpoint(path, "iql_critic")
+    checkpoint = trained.load_checkpoint(path, NAME)
     args, sizes = trained.saved_args(checkpoint, Args), checkpoint["sizes"]
     policy = GaussianActor(*sizes, args.dropout).to(device).eval()
     policy.load_state_dict(checkpoint["policy"])
@@ -317,7 +319,7 @@ def cosine(step: int, steps: int) -> float:
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args, data = arguments.prepare(args, SETTINGS, "iql_critic")
+    args, data = arguments.prepare(args, SETTINGS, NAME)
     torch.manual_seed(args.seed)
     critic = Critic(data.obs_dim, data.action_dim).to(args.device)
     policy = GaussianActor(data.obs_dim, data.action_dim, args.dropout).to(args.device)
@@ -330,9 +332,7 @@ def train(args: Args) -> dict:
     policy_lr = torch.tensor(args.policy_lr, device=args.device)
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=policy_lr, **adam)
     policy_schedule = LambdaLR(policy_optimizer, partial(cosine, steps=args.policy_steps))
-    critic_loss_fn, policy_loss_fn = (
-        torch.compile(function) if args.compile else function for function in (critic_loss, policy_loss)
-    )
+    critic_loss_fn, policy_loss_fn = (torch.compile(fn) if args.compile else fn for fn in (critic_loss, policy_loss))
 
     def critic_update() -> dict:
         loss, metrics = critic_loss_fn(critic, data.sample(args.batch_size), args)  # Eqs. (1), (2)
@@ -353,7 +353,7 @@ def train(args: Args) -> dict:
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     total = max(args.critic_steps, args.policy_steps)  # the two are trained side by side
     run = runs.Run(
-        args, "iql_critic", data, {"critic and actor": total}, critic=critic, policy=policy,
+        args, NAME, data, {"critic and actor": total}, critic=critic, policy=policy,
         critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer, policy_schedule=policy_schedule,
     )  # fmt: skip
     start = run.restore()
@@ -371,10 +371,10 @@ def train(args: Args) -> dict:
                 policy_schedule.step()
         if step % args.eval_every == 0 or step == run.total:
             metrics |= evaluate(actor, critic, policy, run, args)
-        run.log(step, metrics)
-        run.save(step)
+        run.log(step, metrics)  # every log_every steps; stops the run at NaN
+        run.save(step)  # every save_every steps
     return run.finish(actor)
 
 
 if __name__ == "__main__":
-    arguments.main("iql_critic", train, Args, SETTINGS)
+    arguments.main(NAME, train, Args, SETTINGS)

@@ -1,381 +1,232 @@
-"""README's score tables and pictures: run what is missing of a list, gather the results, write tables and pictures.
+"""The score table: train every method on every set, score it, and write tables and pictures.
 
-    python benchmarks/scores.py                    bandit and halfcheetah-demo, three seeds; 47 minutes
-    python benchmarks/scores.py --rolled FOLDER    as well two sets that are described below, from FOLDER
-    python benchmarks/scores.py --sets d4rl        those of D4RL's nine locomotion sets whose file is there; days
-    python benchmarks/scores.py --ray              on a Ray cluster whose machines share this folder
-    python benchmarks/scores.py --tables-only      from the results in benchmarks/results, without a run
+    python benchmarks/scores.py                                   everything that is missing; ten hours of two cores
+    python benchmarks/scores.py --sets bandit halfcheetah-demo    these sets alone, in minutes
+    python benchmarks/scores.py --folder again                    all of it anew, with its own results and pages
+    python benchmarks/scores.py --workers 12 --flags=--cudagraph  on a GPU, which a dozen runs share
+    python benchmarks/scores.py --tables-only                     tables and pictures from the results that are there
 
-A run is one command, the one that a user would type, in a folder of its own under runs/scores. What is finished is not
-run again, what was begun is continued. The small part of each result goes to results/<set>/<row>/seed<k>.json, and
-tables and pictures are made from these files alone. Needs requirements-dev.txt; --ray needs `pip install ray==2.60.0`.
-What is run stands in section 1.
+A run is the one command that a user would type, with the settings of the files; it lies in runs/scores. After it the
+last policy is scored over 100 episodes: that is the number in the tables. Each finished run leaves a small file,
+benchmarks/results/<set>/<row>/seed<k>.json, and is not run again. A run that was interrupted goes on where it was.
+Needs requirements-dev.txt. What is run stands in section 1.
 """
 
-import fcntl
 import json
 import os
-import re
+import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import pictures  # noqa: E402
 import tables  # noqa: E402
 
-from common import TrainingError, UserError, datasets, runs  # noqa: E402
+from common import TrainingError, UserError  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------------
-# 1. The list: every row is run on every set with every seed
+# 1. The list
 
-DEMOS = ("bandit", "halfcheetah-demo")
-ROLLED = ("halfcheetah-medium-expert-rolled", "hopper-medium-expert-rolled")
-D4RL = tuple(f"{task}-{kind}-v2" for kind in ("medium-expert", "medium", "medium-replay")
-             for task in ("halfcheetah", "hopper", "walker2d"))  # fmt: skip
-SETS = {  # set: its flags; `{rolled}` is the folder of --rolled
-    **{name: f"--env {name}" for name in DEMOS + D4RL},
-    **{name: f"--env {{rolled}}/{name}.hdf5 --eval-env {name.split('-')[0]}" for name in ROLLED},
+SETS = (
+    "bandit", "halfcheetah-demo",
+    "maze2d-umaze-remade", "maze2d-medium-remade", "maze2d-large-remade",
+    "hopper-medium-replay-remade", "hopper-medium-expert-remade",
+    "walker2d-medium-replay-remade", "walker2d-medium-expert-remade",
+    "halfcheetah-medium-replay-remade", "halfcheetah-medium-expert-remade",
+    "hopper-medium-remade", "walker2d-medium-remade", "halfcheetah-medium-remade",
+)  # fmt: skip
+# Row -> command. All but cloning take the critic of IQL's run of the same seed.
+METHODS = {
+    "iql": "iql_critic.py",
+    "cloning": "gmpo.py --beta 0 --critic-steps 0",
+    "gmpo": "gmpo.py",  # its path is gvp, and so is GMPG's
+    "gmpg": "gmpg.py",
+    "idql": "idql.py --extraction argmax",
 }
-# Budgets other than PAPER's, and how often to log: (set, beginning of the row's name) -> flags.
-ROLLED_BUDGETS = {
-    "iql": "--critic-steps 10000 --target-rate 0.02 --policy-steps 20000 --eval-every 5000",
-    "clone": "--policy-steps 15000 --policy-lr 1e-3 --eval-every 5000",
-    "gmpo": "--policy-steps 15000 --policy-lr 1e-3 --eval-every 5000",
-    "gmpg": "--behaviour-steps 15000 --behaviour-lr 1e-3 --policy-steps 100 --eval-every 50 --log-every 20",
-    "idql": "--policy-steps 3000 --eval-every 1500 --ema-rate 0.005",
-}
-BUDGETS = {
-    ("bandit", "gmpg"): "--policy-steps 120 --eval-every 30 --log-every 20",
-    ("bandit", "idql"): "--candidates 8",
-    ("halfcheetah-demo", "gmpg"): "--policy-steps 200 --eval-every 50 --log-every 20",
-    ("halfcheetah-demo", "idql"): "--policy-steps 2000 --eval-every 1000 --candidates 8 --ema-rate 0.005",
-    **{(name, row): flags for name in ROLLED for row, flags in ROLLED_BUDGETS.items()},
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One command. `after` is the row whose run of the same seed comes first: its critic is taken, or with --eval-only
-    in the flags its checkpoint is scored again."""
-
-    name: str
-    file: str
-    flags: str = ""
-    after: str | None = None
-    in_table: bool = True  # some are for a picture only
-
-
-def rows(name: str) -> list[Row]:
-    """The rows of the set `name`. Rows of D4RL's sets share no critic: each has its paper's own."""
-    critic = None if name in D4RL else "iql"
-    trained = "implicit" if name in ("bandit", *ROLLED) else "argmax"  # IDQL is trained once, scored with three
-    paths, extractions = ("vp", "gvp", "icfm"), ("argmax", "implicit", "softmax")
-    if name in ROLLED:  # own data, with own data's defaults
-        paths, extractions = ("gvp",), ("implicit",)
-    table = [
-        Row("iql", "iql_critic.py"),
-        Row("clone", "gmpo.py", "--beta 0 --critic-steps 0"),
-        *[Row(f"gmpo-{path}", "gmpo.py", f"--path {path}", critic) for path in paths],
-        *[Row(f"gmpg-{path}", "gmpg.py", f"--path {path}", critic) for path in paths],
-        Row(f"idql-{trained}", "idql.py", f"--extraction {trained}", critic),
-        *[Row(f"idql-{extraction}", "idql.py", f"--extraction {extraction} --eval-only", f"idql-{trained}")
-          for extraction in extractions if extraction != trained],
-    ]  # fmt: skip
-    if name == "halfcheetah-demo":
-        table += [Row(f"gmpo-{path}-steps{n}", "gmpo.py", f"--path {path} --sampler-steps {n} --eval-only",
-                      f"gmpo-{path}", in_table=False) for path in paths for n in (2, 5, 20, 40)]  # fmt: skip
-        table += [Row(f"idql-argmax-candidates{n}", "idql.py", f"--extraction argmax --candidates {n} --eval-only",
-                      "idql-argmax", in_table=False) for n in (1, 2, 4, 16)]  # fmt: skip
-    return table
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# 2. Arguments
+PATHS = {f"{method}-{path}": f"{method}.py --path {path}" for method in ("gmpo", "gmpg") for path in ("vp", "icfm")}
+# The same diffusion model, acting in another way: the run of the row `idql`, scored again.
+EXTRACTIONS = {f"idql-{name}": f"idql.py --extraction {name} --eval-only" for name in ("implicit", "softmax")}
+MORE = {"bandit": EXTRACTIONS | PATHS, "halfcheetah-demo": PATHS}
+EPISODES = 100
+BUDGET = ("critic_steps", "behaviour_steps", "policy_steps", "batch_size", "policy_batch_size", "beta", "device")
 
 
 @dataclass
 class Args:
-    sets: tuple[str, ...] = DEMOS
-    """the data: bandit, halfcheetah-demo, names of D4RL, or d4rl: its nine locomotion sets, if their file is there"""
-    rolled: Path | None = None
-    """a folder with halfcheetah-medium-expert-rolled.hdf5 and hopper-medium-expert-rolled.hdf5: these sets as well"""
+    sets: tuple[str, ...] = SETS
+    """which of the sets, in the order in which they are run"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """of every row"""
     workers: int = os.cpu_count() or 1
-    """runs at a time on a machine; each has its share of the cores"""
-    ray: bool = False
-    """hand the runs to Ray, a task each: to the cluster at $RAY_ADDRESS, else to this machine"""
-    ray_gpus: float = 0.0
-    """with --ray: the share of a GPU that a run takes"""
+    """runs at a time; each has its share of the cores, or OMP_NUM_THREADS threads if that is set"""
+    flags: str = ""
+    """added to every command, such as --cudagraph"""
     tables_only: bool = False
-    """make tables and pictures from the results that are there"""
-    runs: Path = ROOT / "runs/scores"
-    """the folder of the runs"""
-    results: Path = ROOT / "benchmarks/results"
-    """the folder of the gathered results and the pictures"""
-    readme: Path = ROOT / "README.md"
-    """the page that gets the tables"""
+    """run nothing"""
+    folder: Path = ROOT
+    """where runs/scores and benchmarks/results lie, and the two pages, README.md and benchmarks/README.md"""
 
 
-def chosen_sets(args: Args) -> list[str]:
-    """The names of the sets to run. Raises UserError for arguments that make no sense."""
-    if args.workers < 1 or min(args.seeds, default=-1) < 0:
-        raise UserError("--workers must be at least 1, and --seeds one or more numbers that are not negative")
-    names = [name for name in args.sets if name != "d4rl"]
-    if unknown := set(names) - set(DEMOS + D4RL):
-        raise UserError(f"--sets {unknown.pop()}: no such set; choose among {', '.join((*DEMOS, 'd4rl', *D4RL))}")
-    if "d4rl" in args.sets:
-        files = {name: name[:-3].replace("-", "_") + "-v2.hdf5" for name in D4RL}
-        there = [name for name, file in files.items() if (datasets.cache_folder() / file).exists()]
-        if not there:
-            raise UserError(f"--sets d4rl: none of its files is in {datasets.cache_folder()}; name one to download it")
-        names += there
-    if args.rolled:
-        for name in ROLLED:
-            if not (args.rolled / f"{name}.hdf5").exists():
-                raise UserError(f"--rolled: {args.rolled / f'{name}.hdf5'} does not exist; name the folder that has it")
-        names += ROLLED
-    return list(dict.fromkeys(names))
+def rows(name: str) -> dict[str, str]:
+    """Row -> command, of the set `name`; a row comes after those that it needs."""
+    return METHODS | MORE.get(name, {})
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 3. Running
+# 2. Running
 
 
 @dataclass(frozen=True)
 class Job:
-    """A row on a set with a seed: `python <command>` in ROOT leaves its result in `folder`."""
+    """A row of a set with a seed. `after` is the job that has to be finished before it."""
 
     set: str
     row: str
     seed: int
-    folder: Path  # from ROOT on, or absolute
-    command: tuple[str, ...]
-    after: Path | None  # the folder of the job that comes first
+    after: "Job | None" = field(default=None, repr=False)
 
     @property
-    def done(self) -> bool:
-        return (ROOT / self.folder / "result.json").exists()
+    def again(self) -> bool:
+        """Whether it only scores another row's run again."""
+        return "--eval-only" in rows(self.set)[self.row]
+
+    @property
+    def run(self) -> str:
+        """The folder of the run that is scored."""
+        return f"runs/scores/{self.set}/{self.row.split('-')[0] if self.again else self.row}/seed{self.seed}"
+
+    @property
+    def command(self) -> str:
+        about = f" --run-dir {self.run}"
+        if not self.again:
+            critic = f" --critic {self.after.run}" if self.after else ""
+            about = f" --env {self.set} --seed {self.seed}{critic}{about}"
+        return rows(self.set)[self.row] + about
+
+    def result(self, folder: Path) -> Path:
+        return folder / f"benchmarks/results/{self.set}/{self.row}/seed{self.seed}.json"
+
+    def done(self, folder: Path) -> bool:
+        """Whether there is a result of this very command."""
+        path = self.result(folder)
+        return path.exists() and json.loads(path.read_text())["command"].startswith(f"python {self.command}")
 
 
 def list_jobs(args: Args) -> list[Job]:
-    """Every job after the one it waits for: critics, the runs that take them, further scores of their checkpoints."""
-    base, found = args.runs.resolve(), []
-    base = base.relative_to(ROOT) if base.is_relative_to(ROOT) else base
-    for name in chosen_sets(args):
-        for row in rows(name):
-            flags = SETS[name].format(rolled=args.rolled and args.rolled.resolve())
-            flags = f"{flags} {BUDGETS.get((name, row.name.split('-')[0]), '')} {row.flags}".split()
+    """What is to be run, each job after the one it needs. Raises UserError for arguments that make no sense."""
+    if args.workers < 1 or not args.seeds or min(args.seeds) < 0:
+        raise UserError("--workers must be at least 1, and --seeds one or more numbers that are not negative")
+    if unknown := [name for name in args.sets if name not in SETS]:
+        raise UserError(f"--sets {unknown[0]}: no such set; choose among {', '.join(SETS)}")
+    jobs, needed = {}, set()
+    for name in dict.fromkeys(args.sets):
+        names = list(rows(name))
+        for row, command in rows(name).items():
+            # two jobs that score one run write the same eval.json: one after the other
+            before = names[names.index(row) - 1] if "--eval-only" in command else "iql"
+            before = None if row in ("iql", "cloning") else before
             for seed in args.seeds:
-                folder, wave = base / name / row.name / f"seed{seed}", 0
-                after, more = row.after and base / name / row.after / f"seed{seed}", ["--run-dir", str(folder)]
-                if row.after:
-                    again = "--eval-only" in flags
-                    wave, more = (2, ["--run-dir", str(after)]) if again else (1, ["--critic", str(after), *more])
-                command = (row.file, *flags, "--seed", str(seed), *more)
-                found.append((wave, Job(name, row.name, seed, folder, command, after)))
-    return [job for _, job in sorted(found, key=lambda pair: pair[0])]
+                jobs[name, row, seed] = Job(name, row, seed, jobs.get((name, before, seed)))
+    for job in jobs.values():
+        job = None if job.done(args.folder) else job
+        while job:  # and what it needs, unless the folder of that run is still there
+            needed.add(job)
+            job = job.after if job.after and not (args.folder / job.after.run / "result.json").exists() else None
+    return [job for job in jobs.values() if job in needed]
 
 
-def check_folder(job: Job) -> None:
-    """Raises UserError if the job's folder holds a run by another command."""
-    config = ROOT / job.folder / "config.json"
-    old = json.loads(config.read_text())["command"].replace(" --resume", "") if config.exists() else None
-    if old not in (None, " ".join(job.command)):
-        raise UserError(f"{job.folder} holds `{old}`, the list says `{' '.join(job.command)}`; remove that folder")
+def call(command: str, log: Path, args: Args) -> None:
+    """Run one of the files in args.folder, into a log. Raises TrainingError with the log's last line if it fails."""
+    file, *flags = shlex.split(command)
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.workers))} | os.environ
+    with log.open("a") as out:
+        done = subprocess.run([sys.executable, ROOT / file, *flags], cwd=args.folder, env=threads,
+                              stdout=out, stderr=subprocess.STDOUT)  # fmt: skip
+    if done.returncode:
+        last = (log.read_text().splitlines() or [""])[-1]
+        raise TrainingError(f"`{command}` ended with code {done.returncode}: {last}")
 
 
-def write(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def printed(text: str) -> dict:
-    """The headline that a run prints, under the keys of result.json."""
-    headline = re.search(r"^last (score|return) (\S+)(?: \+- (\S+) over)?", text, re.M)
-    if headline is None:  # a set without an environment
-        return {}
-    kind, last, spread = headline.groups()
-    candidates = re.search(r"(\d+) candidates", text)
-    values = {f"eval/{kind}": float(last.rstrip(",")), f"eval/{kind}_std": spread and float(spread)}
-    values["eval/candidates"] = candidates and float(candidates[1])
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def run(job: Job, before: str, threads: int) -> str:
-    """Do the job, unless it is done; returns what went wrong, or "". `before` is this answer of the job before it."""
-    if before:
-        return f"{job.folder} was not begun, because {before}"
-    folder = ROOT / job.folder
+def do(job: Job, args: Args) -> None:
+    """Train unless that is done, score the last policy, write the result. Raises TrainingError as `call` does."""
+    folder = args.folder / job.run
+    if job.after and not (args.folder / job.after.run / "result.json").exists():
+        raise TrainingError(f"not begun, because {job.after.run} is not finished")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:  # the run inherits it: one that outlives a killed call is waited for
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if job.done:
-            return ""
-        resume = ["--resume"] if (folder / "config.json").exists() else []
-        environment, start = os.environ | {"OMP_NUM_THREADS": str(threads)}, time.time()
-        with (folder / "log.txt").open("w") as log:
-            code = subprocess.run([sys.executable, *job.command, *resume], cwd=ROOT, env=environment, stdout=log,
-                                  stderr=subprocess.STDOUT, pass_fds=[lock.fileno()]).returncode  # fmt: skip
-        text = (folder / "log.txt").read_text()
-        if code == 0 and "--eval-only" in job.command:  # such a call prints its score and writes nothing
-            config = json.loads((ROOT / job.after / "config.json").read_text()) | {"command": " ".join(job.command)}
-            values = {"minutes": round((time.time() - start) / 60, 2), **printed(text)}
-            write(folder / "config.json", json.dumps(config, indent=2) + "\n")
-            write(folder / "result.json", json.dumps(values, indent=2) + "\n")
-    return "" if job.done else f"{job.folder} ended with code {code}, see its log.txt"
+    log, command = folder / "log.txt", f"{job.command} {args.flags}".strip()
+    if not (folder / "result.json").exists():
+        begun = folder / "config.json"
+        if begun.exists() and not json.loads(begun.read_text())["command"].startswith(job.command):
+            raise TrainingError(f"{job.run} holds a run by another command than `{job.command}`; remove that folder")
+        call(f"{command} --resume" if begun.exists() else command, log, args)
+    scored = job.command if job.again else f"{job.command.split()[0]} --run-dir {job.run} --eval-only"
+    call(f"{scored} --eval-episodes {EPISODES}", log, args)
+    gather(job, command, args)
 
 
-def in_pool(jobs: list[Job], args: Args, threads: int) -> Iterator[str]:
-    """The answers of `run`, as they come, k at a time. A job that waits for another one comes after it, so that none
-    waits for ever."""
-    pool, futures = ThreadPoolExecutor(args.workers), {}
-    try:
-        for job in jobs:
-            before = futures.get(job.after)
-            futures[job.folder] = pool.submit(lambda j, b: run(j, b.result() if b else "", threads), job, before)
-        for future in as_completed(futures.values()):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def in_ray(jobs: list[Job], args: Args, threads: int) -> Iterator[str]:
-    """The same by Ray's tasks, which wait for each other by themselves."""
-    try:
-        import ray
-    except ImportError:
-        raise UserError("--ray needs an optional package: pip install ray==2.60.0") from None
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # else the workers would have to find this file
-    ray.init(log_to_driver=False, logging_level="ERROR")
-    try:
-        task, refs = ray.remote(num_cpus=threads, num_gpus=args.ray_gpus)(run), {}
-        for job in jobs:
-            refs[job.folder] = task.remote(job, refs.get(job.after, ""), threads)
-        waiting = list(refs.values())
-        while waiting:
-            (done,), waiting = ray.wait(waiting)
-            yield ray.get(done)
-    finally:
-        ray.shutdown()
+def gather(job: Job, command: str, args: Args) -> None:
+    """The small part of a finished run, as one file with no path of this machine."""
+    read = lambda name: json.loads((args.folder / job.run / f"{name}.json").read_text())  # noqa: E731
+    lines = (args.folder / job.run / "metrics.jsonl").read_text().splitlines()
+    curve = [(line["step"], tables.score(line)) for line in map(json.loads, lines) if "eval/return" in line]
+    config, rounded = read("config"), lambda d: {k: round(v, 4) if isinstance(v, float) else v for k, v in d.items()}
+    record = {
+        "command": f"python {command}",
+        "result": rounded(read("result")),
+        "eval": rounded(read("eval")),
+        "curve": [] if job.again else [[step, round(value, 2)] for step, value in curve],
+        "budget": {key: config["args"][key] for key in BUDGET if key in config["args"]},
+        "versions": config["versions"],
+        "commit": config["commit"],
+    }
+    text = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
+    tables.write(job.result(args.folder), "{\n" + text + "\n}\n")
 
 
 def run_all(jobs: list[Job], args: Args) -> list[str]:
-    """Run what is not done; returns what went wrong."""
-    missing, problems = [job for job in jobs if not job.done], []
-    if not missing:
-        return []
-    answers = (in_ray if args.ray else in_pool)(missing, args, max(1, (os.cpu_count() or 1) // args.workers))
-    for problem in tqdm(answers, total=len(jobs), initial=len(jobs) - len(missing), unit="run", smoothing=0):
-        if problem:
-            problems.append(problem)
-            tqdm.write(problem)
+    """Do the jobs, args.workers at a time, each after the one it needs; returns what went wrong."""
+    waiting, running, problems = list(jobs), {}, []
+    with ThreadPoolExecutor(args.workers) as pool, tqdm(total=len(jobs), unit="run", smoothing=0) as bar:
+        while waiting or running:
+            busy = {*waiting, *running.values()}
+            for job in [job for job in waiting if job.after not in busy][: args.workers - len(running)]:
+                waiting.remove(job)
+                running[pool.submit(do, job, args)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                bar.update()
+                if problem := future.exception():
+                    problems.append(f"{job.set}, {job.row}, seed {job.seed}: {problem}")
+                    bar.write(problems[-1])
     return problems
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# 4. Gathering
-
-BUDGET = ("critic_steps", "behaviour_steps", "policy_steps", "batch_size", "policy_batch_size", "eval_episodes")
-
-
-def gather(jobs: list[Job], args: Args) -> None:
-    """The small part of every finished run, as one JSON file each, with no path of this machine."""
-    for job in jobs:
-        if not job.done:
-            continue
-        result, config = (json.loads((ROOT / job.folder / f"{name}.json").read_text()) for name in ("result", "config"))
-        metrics = ROOT / job.folder / "metrics.jsonl"
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-        command = "python " + " ".join(job.command)
-        record = {
-            "command": command.replace(str(args.rolled.resolve()), "FOLDER") if args.rolled else command,
-            "result": {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()},
-            "budget": {k: config["args"][k] for k in BUDGET if k in config["args"]},
-            "versions": config["versions"],
-            "commit": config["commit"],
-            "curve": [[m["step"], round(tables.headline(m), 2)] for m in lines if tables.headline(m) is not None],
-            "kl": [[m["step"], round(m["policy/kl"], 4)] for m in lines if "policy/kl" in m],
-        }
-        text = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
-        write(args.results / job.set / job.row / f"seed{job.seed}.json", "{\n" + text + "\n}\n")
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# 5. README
-
-INTRO = """Made by `python benchmarks/scores.py`: mean of the last scores ± standard deviation over seeds; mean of each
-seed's best score; interquartile mean (of three seeds: the mean) with the 95 % interval of a stratified bootstrap;
-gradient steps and minutes of a run (one thread, another run beside it), without the critic's where that is the one of
-IQL's row."""
-NOTES = {
-    DEMOS: """`bandit`: 100 (1 - total variation) to each method's own closed form, for cloning the behaviour; IQL's is
-that of the policy its critic implies, Eq. (11), not of its Gaussian, which is in the picture. `halfcheetah-demo`: 100
-is the undisturbed runner.""",
-    ROLLED: """These are not D4RL's files, and the scores are no D4RL scores. Each set has 100 000 steps in the physics
-of `common/environments.py`, half of them by a medium agent (halfcheetah: a linear policy with action noise of 0.1;
-hopper: SAC, sampled), half by an expert (TQC, sampled). 0 and 100 are D4RL's reference returns.""",
-    D4RL: """D4RL's own files, with the budgets of `PAPER`. Sources of the published figures:
-`benchmarks/published.tsv`.""",
-}
-START, END = "<!-- scores: made by benchmarks/scores.py -->\n", "<!-- end -->"
-
-
-def split_readme(path: Path) -> tuple[str, str]:
-    """README before and after the part that is made here. Raises UserError if it is not marked."""
-    text = path.read_text() if path.exists() else ""
-    before, _, after = text.partition(START)
-    if END not in after:
-        raise UserError(f"{path} has no line `{START.strip()}` with `{END}` after it; add them")
-    return before + START, after[after.index(END) :]
-
-
-def write_readme(args: Args) -> None:
-    """Pictures, then tables and pictures between README's marks, from the gathered results."""
-    found = [name for name in SETS if any((args.results / name).glob("*/seed*.json"))]
-    parts = [INTRO]
-    for names, note in NOTES.items():
-        shown = {n: [row.name for row in rows(n) if row.in_table] for n in names if names == DEMOS or n in found}
-        if shown:
-            parts += ["", note, "", *tables.table(args.results, shown, over_sets=names != DEMOS)]
-    records = {name: {r.name: tables.read_records(args.results, name, r.name) for r in rows(name)} for name in found}
-    for path, caption in pictures.draw(records, args.results).items():
-        link = os.path.relpath(path.resolve(), args.readme.resolve().parent)
-        parts += ["", f"{caption}:", "", f"![{caption}]({link})"]
-    before, after = split_readme(args.readme)
-    write(args.readme, before + "\n".join(parts) + "\n" + after)
 
 
 def main(args: Args) -> None:
     """All of it. Raises UserError for wrong arguments, TrainingError if runs are missing at the end."""
-    split_readme(args.readme)
-    jobs, problems = [] if args.tables_only else list_jobs(args), []
-    for job in jobs:
-        check_folder(job)
+    args.folder = args.folder.resolve()
+    jobs, problems = list_jobs(args), []
+    tables.check_pages(args.folder)
     try:
-        problems = run_all(jobs, args)
+        problems = [] if args.tables_only else run_all(jobs, args)
     except KeyboardInterrupt:
         raise TrainingError("interrupted; the same command goes on where it stopped") from None
     finally:
-        gather(jobs, args)
-    bandits = [job for job in jobs if job.set == "bandit" and job.seed == args.seeds[0] and job.done]
-    pictures.sample({job.row: ROOT / job.folder for job in bandits}, args.results)
-    write_readme(args)
+        tables.sample_bandit(args.folder)
+        tables.write_pages(args.folder, {name: list(rows(name)) for name in SETS})
     if problems:
         raise TrainingError(f"{len(problems)} of {len(jobs)} runs are missing; the same command tries them again")
 
 
 if __name__ == "__main__":
-    runs.main(main, Args)
+    try:
+        main(tyro.cli(Args))
+    except (UserError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, UserError) else 1) from None

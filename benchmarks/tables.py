@@ -1,29 +1,70 @@
-"""The statistics and tables of benchmarks/scores.py, from the gathered results alone."""
+"""Tables and pictures of benchmarks/scores.py, from the small files in benchmarks/results alone.
+
+The same results give the same bytes. The bandit's picture shows samples of trained policies: `sample_bandit` takes them
+from the runs, if they are there, and keeps them in results/bandit/samples.json.
+"""
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import scipy.stats
+from matplotlib.figure import Figure
 
-PUBLISHED = Path(__file__).with_name("published.tsv")
+from common import UserError
+
+START, END = "<!-- scores: made by benchmarks/scores.py -->\n", "<!-- end -->"
+COLUMNS = ("cloning", "iql", "gmpo", "gmpg", "idql")
+
+README = """Score of the last policy over 100 episodes, mean ± standard deviation over {seeds} seeds; a set's best
+method is bold. `bandit`: 100 (1 - total variation) to each method's own closed form, so that none is the best.
+`halfcheetah-demo`: 100 is the undisturbed runner. The sets whose names end in `remade` are made here by D4RL's recipe.
+Their score has D4RL's scale, on which 0 is a random policy and 100 an expert, but they are not D4RL's own data. Cloning
+is GMPO with all weights 1. The commands, intervals and published figures are in
+[benchmarks/README.md](benchmarks/README.md).
+"""
+DETAILS = """Made by `python benchmarks/scores.py`, which also says what is run.
+
+* **score**: the last policy over 100 episodes, mean ± standard deviation over seeds. The bandit's is 100 (1 - total
+  variation) to each method's own closed form; IQL's is that of the policy that its critic implies, not of its Gaussian.
+* **IQM, 95 %**: the interquartile mean, for which the lowest and the highest quarter are left out (of three seeds that
+  is the mean), with the interval of a stratified bootstrap over seeds.
+* **last**, **best**: of the evaluations during training, which have ten episodes, means over seeds. The best one is
+  chosen by its own score, and so promises too much.
+* **steps**, **minutes**: of one run. Where the critic is that of IQL's run, they are without it.
+"""
+PUBLISHED = """Published figures for D4RL's own sets, beside ours for another dataset of the same recipe. They show what
+is usual for this kind of task; data, budgets and protocols differ.
+"""
+
+# ------------------------------------------------------------------------------------------------------------------
+# 1. Results and their statistics
 
 
-def headline(values: dict) -> float | None:
-    """The score in a result or a line of metrics, or the return where there is no score."""
-    return values.get("eval/score", values.get("eval/return"))
+def write(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
-def read_records(results: Path, name: str, row: str) -> list[dict]:
-    """The gathered results of the set `name` and a row, by seed; those that have a score."""
-    paths = sorted((results / name / row).glob("seed*.json"), key=lambda path: int(path.stem[4:]))
-    records = [json.loads(path.read_text()) for path in paths]
-    return [record for record in records if headline(record["result"]) is not None]
+def score(values: dict) -> float:
+    """The score in an evaluation, or the return where there is no score."""
+    return values.get("eval/score", values["eval/return"])
 
 
-def last_scores(records: list[dict]) -> np.ndarray:
-    return np.array([headline(record["result"]) for record in records])
+def read(folder: Path, name: str, row: str) -> list[dict]:
+    """The results of a row of the set `name`, by seed."""
+    paths = (folder / "benchmarks/results" / name / row).glob("seed*.json")
+    return [json.loads(path.read_text()) for path in sorted(paths, key=lambda path: int(path.stem[4:]))]
+
+
+def scores(records: list[dict]) -> np.ndarray:
+    """The number of the tables, of every seed."""
+    return np.array([score(record["eval"]) for record in records])
 
 
 def iqm(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -43,9 +84,21 @@ def interval(samples: list[np.ndarray]) -> tuple[float, float] | None:
     return float(found.low), float(found.high)
 
 
+# ------------------------------------------------------------------------------------------------------------------
+# 2. Tables
+
+
 def label(row: str) -> str:
     method, _, variant = row.partition("-")
-    return "cloning" if row == "clone" else f"{method.upper()}, {variant}" if variant else method.upper()
+    return method if method == "cloning" else method.upper() + (f", {variant}" if variant else "")
+
+
+def table(header: list[str], body: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *body)) + "\n"
+
+
+def mean_and_spread(values: np.ndarray) -> str:
+    return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
 
 
 def iqm_cell(samples: list[np.ndarray]) -> str:
@@ -53,55 +106,180 @@ def iqm_cell(samples: list[np.ndarray]) -> str:
     return f"{iqm(*samples):.1f}" + (f" [{bounds[0]:.1f}, {bounds[1]:.1f}]" if bounds else "")
 
 
-def cells(records: list[dict]) -> list[str]:
-    """last, best, IQM, seeds, steps, minutes; empty where nothing was run."""
-    if not records:
-        return [""] * 6
-    last, result = last_scores(records), [record["result"] for record in records]
-    best = [values["best"] for values in result if values.get("best") is not None]
-    return [
-        f"{last.mean():.1f}" + (f" ± {last.std(ddof=1):.1f}" if len(last) > 1 else ""),
-        f"{np.mean(best):.1f}" if best else "",
-        iqm_cell([last]),
-        str(len(last)),
-        str(result[0].get("steps", "")),
-        f"{np.mean([values['minutes'] for values in result]):.1f}",
-    ]
+def compact_table(found: dict) -> str:
+    """README's: a row a set, a column a method."""
+    body = []
+    for name, records in found.items():
+        values = {row: scores(records[row]) for row in COLUMNS if records[row]}
+        cells = {row: mean_and_spread(value) for row, value in values.items()}
+        if name != "bandit" and len(cells) == len(COLUMNS):
+            best = max(values, key=lambda row: values[row].mean())
+            cells[best] = f"**{cells[best]}**"
+        body.append([f"`{name}`", *[cells.get(row, "") for row in COLUMNS]])
+    return table(["", *map(label, COLUMNS)], body)
 
 
-def table(results: Path, sets: dict[str, list[str]], over_sets: bool) -> list[str]:
-    """The lines of one table; `sets`: set -> its rows. `over_sets` adds each row's mean and IQM over all sets."""
-    lines = [line for line in PUBLISHED.read_text().splitlines() if not line.startswith("#")]
-    reader = csv.DictReader(lines, delimiter="\t")
-    published = {(line["dataset"], line["name"]): [line["paper"], line["code"]] for line in reader}
-    compared = any(name == dataset for name in sets for dataset, _ in published)
-    header = ["", "", "last", "best", "IQM, 95 %", "seeds", "steps", "minutes"]
-    header += ["paper", "reference code"] if compared else []
-    body, records = [], {}
-    for name, rows in sets.items():
-        for row in rows:
-            records[name, row] = read_records(results, name, row)
-            figures = published.get((name, row), ["", ""]) if compared else []
-            candidates = [record["result"].get("eval/candidates") for record in records[name, row]]
-            title = label(row) + (f", N = {candidates[0]:.0f}" if candidates and candidates[0] else "")
-            body.append([name, title, *cells(records[name, row]), *figures])
-    for row in next(iter(sets.values())) if over_sets and len(sets) > 1 else []:
-        if all(records[name, row] for name in sets):
-            samples = [last_scores(records[name, row]) for name in sets]
-            mean = f"{np.mean([sample.mean() for sample in samples]):.1f}"
-            body.append(["all", label(row), mean, "", iqm_cell(samples), *[""] * (len(header) - 5)])
-    text = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *body)]
-    return text + details([several for several in records.values() if several])
+def detailed_table(found: dict) -> str:
+    """A row a method of a set; below them each method over all sets on which every method has been run."""
+    body = []
+    for name, rows in found.items():
+        for row, records in rows.items():
+            if records:
+                results = [record["result"] for record in records]
+                last, best = np.mean([score(r) for r in results]), np.mean([r["best"] for r in results])
+                minutes = np.mean([result["minutes"] for result in results])
+                numbers = [
+                    f"{last:.1f}",
+                    f"{best:.1f}",
+                    str(len(records)),
+                    f"{results[0]['steps']:,}",
+                    f"{minutes:.1f}",
+                ]
+                values = scores(records)
+                body.append([f"`{name}`", label(row), mean_and_spread(values), iqm_cell([values]), *numbers])
+    whole = [rows for name, rows in found.items() if name != "bandit" and all(rows[row] for row in COLUMNS)]
+    for row in COLUMNS if len(whole) > 1 else ():
+        samples = [scores(rows[row]) for rows in whole]
+        mean = f"{np.mean([sample.mean() for sample in samples]):.1f}"
+        body.append([f"{len(whole)} sets without the bandit", label(row), mean, iqm_cell(samples), *[""] * 5])
+    return table(["", "", "score", "IQM, 95 %", "last", "best", "seeds", "steps", "minutes"], body)
 
 
-def details(records: list[list[dict]]) -> list[str]:
+def published_table(found: dict) -> str:
+    """The figures of published.tsv for D4RL's namesakes of the sets that have been run; empty if there are none."""
+    lines = Path(__file__).with_name("published.tsv").read_text().splitlines()
+    reader, body = csv.DictReader((line for line in lines if not line.startswith("#")), delimiter="\t"), []
+    for line in reader:
+        name, row = line["dataset"].rpartition("-")[0] + "-remade", line["method"].lower()
+        if name in found:
+            ours = found[name].get(row)
+            ours = mean_and_spread(scores(ours)) if ours else ""
+            body.append([f"`{line['dataset']}`", line["method"], line["score"], ours, line["source"]])
+    return PUBLISHED + "\n" + table(["", "", "published", "ours, remade", "source"], body) if body else ""
+
+
+def commands(found: dict) -> str:
     """What was typed, with which versions, at which commit."""
-    if not records:
-        return []
-    every = [record for several in records for record in several]
-    versions = sorted({f"{package} {number}" for record in every for package, number in record["versions"].items()})
-    commits = sorted({record["commit"] or "unknown" for record in every})
-    commands = [several[0]["command"] for several in records]
-    summary = "<details><summary>commands of the first seed, versions</summary>"
-    end = [f"{', '.join(versions)}; commit {', '.join(commits)}", "", "</details>"]
-    return ["", summary, "", "```sh", *commands, "```", "", *end]
+    every = [records for rows in found.values() for records in rows.values() if records]
+    if not every:
+        return ""
+    records = [record for several in every for record in several]
+    versions = sorted({f"{package} {number}" for record in records for package, number in record["versions"].items()})
+    commits = sorted({record["commit"] or "unknown" for record in records})
+    devices = sorted({record["budget"]["device"] for record in records})
+    typed = "\n".join(several[0]["command"] for several in every)
+    about = f"On {', '.join(devices)}, with {', '.join(versions)}; commit {', '.join(commits)}."
+    return f"The commands of the first seed:\n\n```sh\n{typed}\n```\n\n{about}\n"
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 3. Pictures
+
+
+def save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def curves(found: dict) -> Figure:
+    """Learning curves: a panel a set, the mean of the seeds in the band from the lowest to the highest."""
+    columns = min(len(found), 5)
+    lines = -(-len(found) // columns)
+    figure = Figure(figsize=(3 * columns, 2.7 * lines), layout="constrained")
+    for k, (name, rows) in enumerate(found.items(), 1):
+        axes = figure.add_subplot(lines, columns, k)
+        axes.set_title(name, fontsize=9)
+        for colour, row in enumerate(COLUMNS):
+            several = [record["curve"] for record in rows[row] if record["curve"]]
+            if not several:
+                continue
+            count = min(map(len, several))
+            values = np.array([curve[:count] for curve in several])[..., 1]  # (seeds, evaluations)
+            total, steps = rows[row][0]["result"]["steps"], rows[row][0]["budget"]["policy_steps"]
+            x = [100 * (step - total + steps) / steps for step, _ in several[0][:count]]
+            axes.plot(x, values.mean(0), marker=".", ms=4, c=f"C{colour}", label=label(row))
+            axes.fill_between(x, values.min(0), values.max(0), color=f"C{colour}", alpha=0.2, lw=0)
+        axes.tick_params(labelsize=7)
+        axes.set_xlabel("policy's training, %", fontsize=7)
+        axes.set_ylabel("score", fontsize=7)
+        if k == 1:
+            axes.legend(fontsize=6)
+    return figure
+
+
+def sample_bandit(folder: Path, count: int = 600) -> None:
+    """Actions of the bandit's policies, from the runs of seed 0 in `folder` if they are there."""
+    runs = {row: folder / f"runs/scores/bandit/{row}/seed0" for row in ("iql", "gmpo", "gmpg", "idql")}
+    if not all((run / "result.json").exists() for run in runs.values()):
+        return
+    import torch
+
+    import gmpg
+    import gmpo
+    import idql
+    import iql_critic
+    from common import bandit, trained
+
+    torch.manual_seed(0)
+    obs, data = torch.zeros(count, 1), bandit.make_data()[1]
+    std = trained.load_checkpoint(runs["iql"])["policy"]["log_std"].clamp(-5, 2).exp()  # load_policy acts by the mean
+    weight = torch.softmax(gmpo.SETTINGS["bandit"]["beta"] * bandit.REWARDS, -1)  # (8,), of the modes
+    again = torch.multinomial(weight[torch.cdist(data, bandit.MODES).argmin(-1)], count, replacement=True)
+    actions = {
+        "data": data[:count],
+        "IQL's Gaussian": iql_critic.load_policy(runs["iql"])(obs) + std * torch.randn(count, 2),
+        "GMPO": gmpo.load_policy(runs["gmpo"])(obs),
+        "GMPG": gmpg.load_policy(runs["gmpg"])(obs),
+        "their closed form": data[again],
+        "IDQL, argmax": idql.load_policy(runs["idql"])(obs),
+    }
+    lines = [f"{json.dumps(name)}: {json.dumps(np.round(a.tolist(), 2).tolist())}" for name, a in actions.items()]
+    write(folder / "benchmarks/results/bandit/samples.json", "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def scatter(samples: dict[str, list]) -> Figure:
+    figure = Figure(figsize=(2.6 * len(samples), 2.8), layout="constrained")
+    for k, (name, action) in enumerate(samples.items()):
+        axes = figure.add_subplot(1, len(samples), k + 1)
+        axes.scatter(*np.transpose(action), s=2, alpha=0.4, c="black" if "closed" in name else f"C{k}")
+        axes.set_title(name, fontsize=10)
+        axes.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal")
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4. Pages
+
+
+def check_pages(folder: Path) -> dict[Path, tuple[str, str]]:
+    """Each page's text before and after the part that is made here; a page that is not there has none.
+
+    Raises UserError if a page has no marks.
+    """
+    found = {}
+    for path in (folder / "README.md", folder / "benchmarks/README.md"):
+        text = path.read_text() if path.exists() else START + END + "\n"
+        before, _, after = text.partition(START)
+        if END not in after:
+            raise UserError(f"{path} has no line `{START.strip()}` with `{END}` after it; add them")
+        found[path] = before + START, after[after.index(END) :]
+    return found
+
+
+def write_pages(folder: Path, sets: dict[str, list[str]]) -> None:
+    """Pictures, then tables and pictures between the marks of both pages. `sets`: set -> its rows, in order."""
+    results = folder / "benchmarks/results"
+    found = {name: {row: read(folder, name, row) for row in rows} for name, rows in sets.items()}
+    found = {name: rows for name, rows in found.items() if any(rows.values())}
+    seeds = max((len(records) for rows in found.values() for records in rows.values()), default=3)
+    short, long = [README.format(seeds=seeds), compact_table(found)], [DETAILS, detailed_table(found)]
+    if found:
+        save(curves(found), results / "curves.png")
+        text = "Score during training, ten episodes an evaluation; the band reaches from the lowest seed to the highest"
+        short.append(f"{text}:\n\n![learning curves](benchmarks/results/curves.png)\n")
+    if (results / "bandit/samples.json").exists():
+        save(scatter(json.loads((results / "bandit/samples.json").read_text())), results / "bandit.png")
+        long.append("Samples on the bandit:\n\n![samples on the bandit](results/bandit.png)\n")
+    long += [published_table(found), commands(found)]
+    for (path, (before, after)), parts in zip(check_pages(folder).items(), (short, long)):
+        write(path, before + "\n".join(part for part in parts if part) + after)

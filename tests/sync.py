@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FILES = ["iql_critic.py", "gmpo.py", "gmpg.py", "idql.py"]
 
 # The names that are the lesson: each file has its own.
-OWN = {"Args", "SETTINGS", "PREDICTS", "sample", "f", "policy_loss", "act", "load_net", "load_policy"}
+OWN = {"NAME", "Args", "OURS", "SETTINGS", "sample", "f", "policy_loss", "act", "load_policy"}
 OWN |= {"evaluate", "evaluate_bandit", "train"}
 
 
