@@ -47,7 +47,7 @@ SCALARS = {
     *("policy/clipped", "policy/ess", "policy/q", "policy/kl", "eval/score", "eval/score_std", "eval/return"),
     *("eval/return_std", "time/steps_per_s", "eval/total_variation", "eval/off_modes"),
 }
-OWN_SCALARS = {"gmpg": {"policy/undone"}, "idql": {"eval/candidates"}}
+OWN_SCALARS = {"gmpg": {"policy/undo_error"}, "idql": {"eval/candidates"}}
 
 
 @pytest.fixture(autouse=True)
