@@ -14,7 +14,7 @@ FILES = ["iql_critic.py", "gmpo.py", "gmpg.py", "idql.py"]
 
 # The names that are the lesson: each file has its own.
 OWN = {"NAME", "Args", "OURS", "SETTINGS", "sample", "f", "policy_loss", "act", "load_policy"}
-OWN |= {"evaluate", "evaluate_bandit", "train"}
+OWN |= {"matching_loss", "evaluate", "evaluate_bandit", "train"}
 
 
 def definitions(name: str) -> dict[str, tuple[int, int, str]]:

@@ -23,7 +23,7 @@ def elsewhere(tmp_path, monkeypatch):
 def test_the_demo_is_the_same_each_time(tmp_path):
     for name in ("a", "b"):
         demo.generate(tmp_path / f"{name}.hdf5", episodes=2)
-    a, b = (datasets.read_hdf5(tmp_path / f"{name}.hdf5") for name in ("a", "b"))
+    a, b = (datasets.read_file(tmp_path / f"{name}.hdf5") for name in ("a", "b"))
     assert all(np.array_equal(a[key], b[key]) for key in datasets.RANKS)
     assert a["observations"].shape == (2000, 17) and list(np.flatnonzero(a["timeouts"])) == [999, 1999]
     assert sorted(path.name for path in tmp_path.glob("*.*")) == ["a.hdf5", "b.hdf5"]

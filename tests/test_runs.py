@@ -47,7 +47,7 @@ SCALARS = {
     *("policy/clipped", "policy/ess", "policy/q", "policy/kl", "eval/score", "eval/score_std", "eval/return"),
     *("eval/return_std", "time/steps_per_s", "eval/total_variation", "eval/off_modes"),
 }
-OWN_SCALARS = {"gmpg": {"policy/undone"}, "idql": {"eval/candidates"}}
+OWN_SCALARS = {"gmpg": {"policy/undo_error"}, "idql": {"eval/candidates"}}
 
 
 @pytest.fixture(autouse=True)
@@ -103,11 +103,11 @@ def test_a_resumed_run_arrives_at_the_same_bits(uninterrupted, tmp_path, monkeyp
     assert without_clock(logged(folder)) == without_clock(logged(whole))
 
 
-def test_the_comparison_sees_weights_moments_steps_and_random_state(uninterrupted):
-    _, _, whole = uninterrupted
+def test_the_comparison_sees_weights_moments_steps_and_random_state(files):
+    whole = files / "critic"
     for change in (
         lambda c: next(iter(c["critic"].values())).view(-1)[0].add_(1e-3),
-        lambda c: next(iter(c["policy_optimizer"]["state"].values()))["exp_avg"].view(-1)[0].add_(1e-9),
+        lambda c: next(iter(c["policy_optimizer"]["state"].values()))["exp_avg"].view(-1)[0].add_(1e-3),
         lambda c: c.update(step=0),
         lambda c: c["rng"][-1].add_(1),
     ):
@@ -126,7 +126,7 @@ def test_more_policy_steps_go_on_with_a_finished_run(name, files, tmp_path):
     if name == "idql":  # its learning rate falls to 0 by the 6th step, whatever --lr-decay
         once, twice = ({key: state[key] for key in ("critic", "rng", "step")} for state in (once, twice))
     assert differences(once, twice) == []
-    with pytest.raises(UserError, match="at step 1[25] already"):
+    with pytest.raises(UserError, match="at step 1[259] already"):
         train(name, run_dir=tmp_path / "twice", policy_steps=6, resume=True, **changes)
 
 
@@ -164,7 +164,7 @@ def test_a_killed_run_leaves_a_whole_checkpoint_and_resumes(files, tmp_path, mon
     changes = dict(env=str(files / "own.hdf5"), run_dir=folder, lr_decay=False, critic_steps=2)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gmpo"])
-    for _ in range(4):
+    for _ in range(3):
         args = tiny_args("gmpo", policy_steps=10**6, save_every=1, resume=step > 0, **changes)
         process = context.Process(target=importlib.import_module("gmpo").train, args=[args], daemon=True)
         process.start()
@@ -403,7 +403,7 @@ def test_eval_only_finds_the_same_score_and_writes_nothing_but_its_result(finish
 @pytest.mark.parametrize("name", FILES)
 def test_eval_only_without_a_run_is_refused(name, tmp_path):
     code, _, err = command(name, "--env", "bandit", "--run-dir", tmp_path / "none", "--eval-only")
-    assert refused(code, err, "checkpoint.pt does not exist") and not (tmp_path / "none").exists()
+    assert refused(code, err, "none does not exist; a run writes it") and not (tmp_path / "none").exists()
 
 
 def test_eval_only_without_an_environment_says_so(files):
@@ -411,8 +411,9 @@ def test_eval_only_without_an_environment_says_so(files):
     assert (code, err) == (0, "") and "not evaluated" in out
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("env, eval_env", [("bandit", None), ("own.hdf5", "Pendulum-v1")])
+@pytest.mark.parametrize(
+    "name, env, eval_env", [("iql_critic", "bandit", None), *((name, "own.hdf5", "Pendulum-v1") for name in FILES)]
+)
 def test_evaluating_more_often_leaves_the_weights_alone(name, env, eval_env, files, tmp_path):
     env = "bandit" if env == "bandit" else str(files / env)
     for eval_every in (5, 1000):

@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from running import FILES, command, draw_nothing, load, train, write_data
+from running import command, draw_nothing, load, train, write_data
 
 from common import UserError, environments
 
@@ -143,7 +143,7 @@ def test_an_episode_without_end_is_cut(tmp_path):
     assert len(frames(tmp_path / "video.mp4")[0]) == 11
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ["iql_critic", "gmpo"])
 def test_a_run_with_and_without(name, renderer, tmp_path):
     """The video changes no weight and no random number; --eval-only --video plays the same episode of the same run."""
     train(name, **TINY, run_dir=tmp_path / "without")
