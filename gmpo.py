@@ -15,7 +15,7 @@ pi*(a|s) = mu(a|s) exp(beta (Q(s, a) - V(s))) / Z(s). GMPO fits a generative mod
 the data in the model's ordinary training loss. In order:
 
   critic (IQL, arXiv:2110.06169)
-    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f asymmetric: V is the value of a policy better than mu
+    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f(u) = |tau - 1[u < 0]| u^2 punishes a V that is too low
     (2)  L_Q = E_D[ sum_i (r + gamma (1 - d) V(s') - Q_i(s, a))^2 ]
     (3)  Q' <- (1 - target_rate) Q' + target_rate Q          the target critic follows slowly
   generative model of actions; time runs from t = 0, the action, to t = 1, the noise eps ~ N(0, I)
@@ -52,7 +52,7 @@ from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 NAME = "gmpo"
 
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments; RunArgs has --env, --seed and what else every run has. Amount and Steps are >= 0, Count is >= 1
+# 1. Arguments; RunArgs has --env, --seed, ... . Amount, Steps: >= 0; Count: >= 1; Share: in [0, 1]; Inside: in (0, 1)
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Args(RunArgs):
 OURS = dict(batch_size=256, policy_lr=1e-3, lr_decay=True, normalize_obs=True, network="mlp")
 
 # What an argument that is None becomes: what "*" says, unless the entry that fits --env best says otherwise: its name,
-# else its kind ("own data": a file; "remade": made on the spot), else its family (antmaze).
+# else its kind ("own data": a file; "remade", "maze2d-remade": made on the spot), else its family (antmaze).
 SETTINGS = {
     # The reference code's, its epochs turned into steps at its batch of 4096; sampler_steps and eval_every are ours.
     "*": dict(
@@ -157,7 +157,7 @@ class Normalize(nn.Module):
 
 
 def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
-    """Let every Normalize in these networks standardise observations like `obs`, (N, O)."""
+    """Let every Normalize in these networks standardise by the mean and std of `obs`, all the data's."""
     for module in (module for network in networks for module in network.modules()):
         if isinstance(module, Normalize):
             module.mean.copy_(obs.mean(0))
@@ -447,7 +447,7 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 def evaluate(actor: Callable, run: runs.Run, args: Args) -> dict:
     """The scores of `actor`, (B, O) -> (B, A), over args.eval_episodes episodes."""
     with torch.random.fork_rng():  # training goes on as if there had been no evaluation
-        torch.manual_seed(args.seed + run.step)
+        torch.manual_seed(args.seed + run.step)  # the step that `train` is at
         if args.env == "bandit":
             return evaluate_bandit(actor, run, args)
         return run.scores(actor) if args.eval_env else {}
@@ -468,7 +468,7 @@ def cosine(step: int, steps: int) -> float:
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args, data = arguments.prepare(args, SETTINGS, NAME)  # with --critic, critic_steps is 0 now
+    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards scaled; with --critic, critic_steps is 0
     torch.manual_seed(args.seed)
     critic = Critic(data.obs_dim, data.action_dim).to(args.device)
     policy = make_policy(data.obs_dim, data.action_dim, args).to(args.device)
@@ -508,7 +508,7 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:
+    if args.cudagraph:  # recorded when they are called, after `restore`
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     run = runs.Run(
         args, NAME, data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,
@@ -532,7 +532,7 @@ def train(args: Args) -> dict:
                 metrics |= evaluate(actor, run, args)
         run.log(step, metrics)  # every log_every steps; stops the run at NaN
         run.save(step)  # every save_every steps
-    return run.finish(actor)
+    return run.finish(actor)  # which plays once more with --video
 
 
 if __name__ == "__main__":

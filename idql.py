@@ -14,13 +14,13 @@ collected. IQL's V is the value of a policy that its critic never writes down, t
 down when it acts: sample N actions of a model of mu, then choose among them by the critic. In order:
 
   critic
-    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f asymmetric: V is the value of a policy better than mu
+    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f(u) = |tau - 1[u < 0]| u^2 punishes a V that is too low
     (2)  L_Q = E_D[ sum_i (r + gamma (1 - d) V(s') - Q_i(s, a))^2 ]
     (3)  Q' <- (1 - target_rate) Q' + target_rate Q          the target critic follows slowly
   generative model of the behaviour, in T steps of discrete time; t = -1 is the action, t = T - 1 almost noise
     (15) x_t = sqrt(ab_t) a + sqrt(1 - ab_t) eps, ab_t = prod_{i <= t} (1 - beta_i)
     (16) L = E_D[ |net(x_t, t, s) - eps|^2 ]                 t uniform; summed over action dimensions
-    (17) x_{t-1} = (x_t - beta_t / sqrt(1 - ab_t) net(x_t, t, s)) / sqrt(1 - beta_t) + sqrt(beta_t) z, then clipped
+    (17) x_{t-1} = (x_t - beta_t / sqrt(1 - ab_t) net(x_t, t, s)) / sqrt(1 - beta_t) + sqrt(beta_t) z, clipped
   policy: a_1 .. a_N ~ mu(.|s), then one of them
     (11) pi(a|s) = mu(a|s) w(s, a) / Z(s), w = |f'(Q - V)| / |Q - V|
     (18) the one with the largest min_i Q'_i(s, a)           what the paper reports
@@ -42,13 +42,13 @@ import torch.nn as nn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from common import arguments, bandit, datasets, runs, samplers, trained
+from common import arguments, bandit, datasets, runs, trained
 from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 
 NAME = "idql"
 
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments; RunArgs has --env, --seed and what else every run has. Amount and Steps are >= 0, Count is >= 1
+# 1. Arguments; RunArgs has --env, --seed, ... . Amount, Steps: >= 0; Count: >= 1; Share: in [0, 1]; Inside: in (0, 1)
 
 
 @dataclass
@@ -90,15 +90,15 @@ class Args(RunArgs):
     policy_lr: Amount | None = None
     """Adam's learning rate for the policy"""
     batch_size: Count | None = None
-    """transitions a gradient step of the critic"""
+    """transitions a gradient step"""
     policy_batch_size: Count | None = None
-    """transitions a gradient step of the diffusion model"""
+    """the same of the diffusion model"""
 
 
 OURS = dict(policy_batch_size=256, normalize_obs=True, eval_every=10_000)  # for data that are not D4RL's
 
 # What an argument that is None becomes: what "*" says, unless the entry that fits --env best says otherwise: its name,
-# else its kind ("own data": a file; "remade": made on the spot), else its family (antmaze).
+# else its kind ("own data": a file; "remade", "maze2d-remade": made on the spot), else its family (antmaze).
 SETTINGS = {
     # The paper's text: two actor steps of 1024 for each of the critic's 256, N = 64 in all domains. The authors' last
     # code has other settings, which score 2 to 4 points lower on walker2d-medium by their word.
@@ -110,7 +110,7 @@ SETTINGS = {
     "antmaze": dict(expectile=0.9, critic_steps=1_000_000, policy_steps=2_000_000),
     # Ours: budgets of minutes, chosen by trying.
     "halfcheetah-demo": OURS | dict(critic_steps=15_000, policy_steps=10_000, candidates=32, eval_every=2_500),
-    "bandit": OURS | dict(  # 5 steps, clipped, blur narrow modes: 0.046 in total variation even without error
+    "bandit": OURS | dict(  # T = 20, since 5 steps blur narrow modes: 0.046 in total variation even with an exact net
         critic_lr=1e-3, critic_steps=1_500, policy_steps=2_500, policy_lr=1e-3, ema_rate=0.01, diffusion_steps=20,
         extraction="implicit", candidates=16, normalize_obs=False, eval_every=5_000,
     ),
@@ -137,7 +137,7 @@ class Normalize(nn.Module):
 
 
 def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
-    """Let every Normalize in these networks standardise observations like `obs`, (N, O)."""
+    """Let every Normalize in these networks standardise by the mean and std of `obs`, all the data's."""
     for module in (module for network in networks for module in network.modules()):
         if isinstance(module, Normalize):
             module.mean.copy_(obs.mean(0))
@@ -233,19 +233,18 @@ def betas(args: Args, device: str | torch.device = "cpu") -> Tensor:
     return (1 - torch.exp(-0.1 / steps - 0.5 * 9.9 * (2 * i - 1) / steps**2)).float()
 
 
-def noise_loss(net: nn.Module, obs: Tensor, action: Tensor, args: Args) -> Tensor:
-    """Eq. (16) of each sample: (B, O), (B, A) -> (B,)."""
-    t = torch.randint(args.diffusion_steps, (len(action),), device=action.device)  # (B,)
-    eps = torch.randn_like(action)
-    bar = (1 - betas(args, action.device)).cumprod(0)[t, None]  # (B, 1)
-    x = bar.sqrt() * action + (1 - bar).sqrt() * eps  # Eq. (15)
-    return (net(x, t.float(), obs) - eps).square().sum(-1)
-
-
 def sample(net: nn.Module, obs: Tensor, args: Args) -> Tensor:
     """Eq. (17): noise to actions, (B, O) -> (B, A) in [-1, 1]."""
-    x = torch.randn(len(obs), net.action_dim, device=obs.device)
-    return samplers.ddpm(lambda x, t: net(x, t.expand(len(x)), obs), betas(args, obs.device), x)
+    beta = betas(args, obs.device)
+    bar = (1 - beta).cumprod(0)
+    x = torch.randn(len(obs), net.action_dim, device=obs.device, dtype=obs.dtype)
+    for t in reversed(range(args.diffusion_steps)):
+        eps = net(x, torch.full_like(x[:, 0], t), obs)
+        x = (x - beta[t] / (1 - bar[t]).sqrt() * eps) / (1 - beta[t]).sqrt()
+        if t > 0:
+            x = x + beta[t].sqrt() * torch.randn_like(x)
+        x = x.clamp(-1, 1)  # x itself, noise included, after every step
+    return x
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -297,7 +296,7 @@ def implicit_weights(u: Tensor, args: Args, floor: float = 1e-3) -> Tensor:
     share = torch.where(u > 0, args.expectile, 1 - args.expectile)
     if args.critic_loss == "expectile":
         return share
-    # differs from the authors' code: its quantile weight is negative where Q < V, its exponential weight a constant
+    # differs from IDQL's code: its quantile weight is negative where Q < V, its exponential weight a constant
     if args.critic_loss == "quantile":
         return share / u.abs().clamp(min=floor)  # singular at u = 0
     x = args.linex_alpha * u
@@ -307,7 +306,7 @@ def implicit_weights(u: Tensor, args: Args, floor: float = 1e-3) -> Tensor:
 
 
 def implicit_target(args: Args) -> Tensor:
-    """Eq. (11) in closed form on the bandit, whose modes are equally frequent: (8,)."""
+    """Eq. (11) in closed form on the bandit: one state, eight actions alike in the data, rewards from 0 to 1: (8,)."""
     values = torch.linspace(0, 1, 100_001)
     optimal_v = values[f(bandit.REWARDS[:, None] - values, args).mean(0).argmin()]  # Eq. (1) at its minimum
     weight = implicit_weights(bandit.REWARDS - optimal_v, args)
@@ -320,7 +319,11 @@ def implicit_target(args: Args) -> Tensor:
 
 def policy_loss(policy: nn.Module, batch: datasets.Batch, args: Args) -> tuple[Tensor, dict]:
     """Eq. (16): plain behaviour cloning, the critic has no part in it."""
-    loss = noise_loss(policy, batch.obs, batch.action, args).mean()
+    t = torch.randint(args.diffusion_steps, batch.reward.shape, device=batch.obs.device)  # (B,)
+    eps = torch.randn_like(batch.action)
+    bar = (1 - betas(args, batch.obs.device)).cumprod(0)[t, None]  # (B, 1)
+    x = bar.sqrt() * batch.action + (1 - bar).sqrt() * eps  # Eq. (15)
+    loss = (policy(x, t.float(), batch.obs) - eps).square().sum(-1).mean()  # Eq. (16)
     return loss, {"behaviour/loss": loss.detach()}
 
 
@@ -365,7 +368,7 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 def evaluate(actor: Callable, run: runs.Run, args: Args) -> dict:
     """The scores of `actor`, (B, O) -> (B, A), over args.eval_episodes episodes."""
     with torch.random.fork_rng():  # training goes on as if there had been no evaluation
-        torch.manual_seed(args.seed + run.step)
+        torch.manual_seed(args.seed + run.step)  # the step that `train` is at
         if args.env == "bandit":
             return evaluate_bandit(actor, run, args)
         return run.scores(actor) if args.eval_env else {}
@@ -390,7 +393,7 @@ def cosine(step: int, steps: int) -> float:
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args, data = arguments.prepare(args, SETTINGS, NAME)  # with --critic, critic_steps is 0 now
+    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards scaled; with --critic, critic_steps is 0
     # differs from the authors' code: all of the data is trained on, not a random 95 %
     torch.manual_seed(args.seed)
     critic = Critic(data.obs_dim, data.action_dim).to(args.device)
@@ -426,9 +429,8 @@ def train(args: Args) -> dict:
         update_target(ema, policy, args.ema_rate)
         return metrics
 
-    if args.cudagraph:
+    if args.cudagraph:  # recorded when they are called, after `restore`
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
-    # differs from the authors' code: of its two actor steps beside each critic step, one had an empty batch
     run = runs.Run(
         args, NAME, data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,
         ema=ema, critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer, policy_schedule=policy_schedule,
@@ -438,6 +440,8 @@ def train(args: Args) -> dict:
     if args.eval_only:
         return run.show(evaluate(actor, run, args) | {"eval/candidates": args.candidates}, actor)
 
+    # differs from the authors' code: it alternates a critic step with two of the policy, one of them on an empty batch;
+    # here the critic comes first, for the policy's training never asks it
     for step, phase in run.steps(start):  # all steps of a phase, then those of the next; step counts on, from 1
         if phase == "critic":
             metrics = critic_update()
@@ -448,7 +452,7 @@ def train(args: Args) -> dict:
                 metrics |= evaluate(actor, run, args) | {"eval/candidates": args.candidates}
         run.log(step, metrics)  # every log_every steps; stops the run at NaN
         run.save(step)  # every save_every steps
-    return run.finish(actor)
+    return run.finish(actor)  # which plays once more with --video
 
 
 if __name__ == "__main__":

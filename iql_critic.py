@@ -13,7 +13,7 @@ collected. A critic that is asked what an action outside the data is worth inven
 fitted to Q at the data's actions, by an asymmetric loss, so that it becomes the value of a policy better than mu.
 
   critic
-    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f asymmetric: V is the value of a policy better than mu
+    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f(u) = |tau - 1[u < 0]| u^2 punishes a V that is too low
     (2)  L_Q = E_D[ sum_i (r + gamma (1 - d) V(s') - Q_i(s, a))^2 ]
     (3)  Q' <- (1 - target_rate) Q' + target_rate Q          the target critic follows slowly
   policy
@@ -45,7 +45,7 @@ from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 NAME = "iql_critic"
 
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments; RunArgs has --env, --seed and what else every run has. Amount and Steps are >= 0, Count is >= 1
+# 1. Arguments; RunArgs has --env, --seed, ... . Amount, Steps: >= 0; Count: >= 1; Share: in [0, 1]; Inside: in (0, 1)
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Args(RunArgs):
 
 
 # What an argument that is None becomes: what "*" says, unless the entry that fits --env best says otherwise: its name,
-# else its kind ("own data": a file; "remade": made on the spot), else its family (antmaze).
+# else its kind ("own data": a file; "remade", "maze2d-remade": made on the spot), else its family (antmaze).
 SETTINGS = {
     "*": dict(  # IQL's own
         critic_lr=3e-4, critic_steps=1_000_000, policy_steps=1_000_000, policy_lr=3e-4, lr_decay=True,
@@ -118,7 +118,7 @@ class Normalize(nn.Module):
 
 
 def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
-    """Let every Normalize in these networks standardise observations like `obs`, (N, O)."""
+    """Let every Normalize in these networks standardise by the mean and std of `obs`, all the data's."""
     for module in (module for network in networks for module in network.modules()):
         if isinstance(module, Normalize):
             module.mean.copy_(obs.mean(0))
@@ -162,7 +162,7 @@ class Value(nn.Module):
         return self.net(self.normalize(obs)).squeeze(-1)
 
 
-class GaussianActor(nn.Module):
+class GaussianPolicy(nn.Module):
     """The mean tanh(m(s)) and a standard deviation that does not depend on the state: (B, O) -> N of (B, A)."""
 
     def __init__(self, obs_dim: int, action_dim: int, dropout: float):
@@ -178,7 +178,7 @@ class GaussianActor(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 4. The critic
+# 4. The critic (section 3 of the other files is their generative model)
 
 
 class Critic(nn.Module):
@@ -233,7 +233,7 @@ def implicit_weights(u: Tensor, args: Args, floor: float = 1e-3) -> Tensor:
     share = torch.where(u > 0, args.expectile, 1 - args.expectile)
     if args.critic_loss == "expectile":
         return share
-    # differs from the authors' code: its quantile weight is negative where Q < V, its exponential weight a constant
+    # differs from IDQL's code: its quantile weight is negative where Q < V, its exponential weight a constant
     if args.critic_loss == "quantile":
         return share / u.abs().clamp(min=floor)  # singular at u = 0
     x = args.linex_alpha * u
@@ -243,7 +243,7 @@ def implicit_weights(u: Tensor, args: Args, floor: float = 1e-3) -> Tensor:
 
 
 def implicit_target(args: Args) -> Tensor:
-    """Eq. (11) in closed form on the bandit, whose modes are equally frequent: (8,)."""
+    """Eq. (11) in closed form on the bandit: one state, eight actions alike in the data, rewards from 0 to 1: (8,)."""
     values = torch.linspace(0, 1, 100_001)
     optimal_v = values[f(bandit.REWARDS[:, None] - values, args).mean(0).argmin()]  # Eq. (1) at its minimum
     weight = implicit_weights(bandit.REWARDS - optimal_v, args)
@@ -264,18 +264,18 @@ def effective_share(weight: Tensor) -> Tensor:
     return weight.sum().square() / (weight.numel() * weight.square().sum())
 
 
-def policy_loss(actor: GaussianActor, critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tensor, dict]:
+def policy_loss(policy: GaussianPolicy, critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tensor, dict]:
     """Eq. (10)."""
     with torch.no_grad():
-        advantage = critic.target_q(batch.obs, batch.action).amin(0) - critic.v(batch.obs)
+        advantage = critic.target_q(batch.obs, batch.action).amin(0) - critic.v(batch.obs)  # Q' for Q, as in IQL
         weight = weights(advantage, args)  # (B,)
-    loss = -(weight * actor(batch.obs).log_prob(batch.action).sum(-1)).mean()
+    loss = -(weight * policy(batch.obs).log_prob(batch.action).sum(-1)).mean()
     clipped = (weight >= args.weight_max).float().mean()
     metrics = {"policy/weight": weight.mean(), "policy/clipped": clipped, "policy/ess": effective_share(weight)}
     return loss, {"policy/loss": loss.detach(), **metrics}
 
 
-def act(policy: GaussianActor, obs: Tensor) -> Tensor:
+def act(policy: GaussianPolicy, obs: Tensor) -> Tensor:
     """The mean action, as IQL is evaluated: (B, O) -> (B, A) in [-1, 1]."""
     return policy.eval()(obs).mean
 
@@ -287,7 +287,7 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
     """
     checkpoint = trained.load_checkpoint(path, NAME)
     args, sizes = trained.saved_args(checkpoint, Args), checkpoint["sizes"]
-    policy = GaussianActor(*sizes, args.dropout).to(device).eval()
+    policy = GaussianPolicy(*sizes, args.dropout).to(device).eval()
     policy.load_state_dict(checkpoint["policy"])
     return trained.numpy_or_torch(lambda obs: act(policy, obs), sizes[0], device)
 
@@ -297,11 +297,11 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 
 
 @torch.no_grad()
-def evaluate(actor: Callable, critic: Critic, policy: GaussianActor, run: runs.Run, args: Args) -> dict:
+def evaluate(actor: Callable, critic: Critic, policy: GaussianPolicy, run: runs.Run, args: Args) -> dict:
     """The scores of `actor`, (B, O) -> (B, A), over args.eval_episodes episodes. On the bandit: the data's actions,
     drawn again by the weights of Eq. (11), against the closed form, and a picture with the Gaussian beside them."""
     with torch.random.fork_rng():  # training goes on as if there had been no evaluation
-        torch.manual_seed(args.seed + run.step)
+        torch.manual_seed(args.seed + run.step)  # the step that `train` is at
         if args.env != "bandit":
             return run.scores(actor) if args.eval_env else {}
         weight = implicit_weights(advantages(critic, run.data), args)
@@ -319,10 +319,10 @@ def cosine(step: int, steps: int) -> float:
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args, data = arguments.prepare(args, SETTINGS, NAME)
+    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards scaled
     torch.manual_seed(args.seed)
     critic = Critic(data.obs_dim, data.action_dim).to(args.device)
-    policy = GaussianActor(data.obs_dim, data.action_dim, args.dropout).to(args.device)
+    policy = GaussianPolicy(data.obs_dim, data.action_dim, args.dropout).to(args.device)
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, policy)
 
@@ -349,11 +349,11 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:
+    if args.cudagraph:  # recorded when they are called, after `restore`
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
-    total = max(args.critic_steps, args.policy_steps)  # the two are trained side by side
+    total = max(args.critic_steps, args.policy_steps)  # the two are trained side by side, in one phase
     run = runs.Run(
-        args, NAME, data, {"critic and actor": total}, critic=critic, policy=policy,
+        args, NAME, data, {"critic and policy": total}, critic=critic, policy=policy,
         critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer, policy_schedule=policy_schedule,
     )  # fmt: skip
     start = run.restore()
@@ -361,7 +361,7 @@ def train(args: Args) -> dict:
     if args.eval_only:
         return run.show(evaluate(actor, critic, policy, run, args), actor)
 
-    for step, _ in run.steps(start):
+    for step, _ in run.steps(start):  # step counts from 1; start is the last one that was done
         metrics = {}
         if step <= args.critic_steps:
             metrics |= critic_update()
@@ -373,7 +373,7 @@ def train(args: Args) -> dict:
             metrics |= evaluate(actor, critic, policy, run, args)
         run.log(step, metrics)  # every log_every steps; stops the run at NaN
         run.save(step)  # every save_every steps
-    return run.finish(actor)
+    return run.finish(actor)  # which plays once more with --video
 
 
 if __name__ == "__main__":

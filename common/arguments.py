@@ -24,6 +24,7 @@ class Rule(NamedTuple):
 Count = Annotated[int, Rule(lambda n: n >= 1, "must be at least 1")]
 Steps = Annotated[int, Rule(lambda n: n >= 0, "must not be negative")]
 Amount = Annotated[float, Rule(lambda x: 0 <= x < math.inf, "must be a finite number that is not negative")]
+Factor = Annotated[float, Rule(lambda x: 0 < x < math.inf, "must be a finite number above 0")]
 Share = Annotated[float, Rule(lambda x: 0 <= x <= 1, "must lie between 0 and 1")]
 Inside = Annotated[float, Rule(lambda x: 0 < x < 1, "must lie between 0 and 1, and be neither")]
 
@@ -54,7 +55,7 @@ class RunArgs:
     """play one episode into the run folder, as video.mp4, when the run is finished or with --eval-only"""
     allow_unverified: bool = False
     """accept a D4RL file whose checksum is not the published one"""
-    reward_scale: Amount | None = None
+    reward_scale: Factor | None = None
     """multiply the data's rewards by this, 1: as they are; None: the rule of the dataset's task"""
     rescale_actions: bool = False
     """own data's actions are in the units of --eval-env: map its bounds to [-1, 1]"""

@@ -37,7 +37,6 @@ def restore_contacts(model: mujoco.MjModel) -> None:
         model.geom_margin[:] /= 2
         model.geom_gap[:] /= 2
     model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_NATIVECCD | mujoco.mjtDisableBit.mjDSBL_MULTICCD
-    model.opt.ccd_iterations = 50
 
 
 def step(model: mujoco.MjModel, data: mujoco.MjData, steps: int) -> None:

@@ -5,11 +5,11 @@ Time t runs over [0, 1], 0 = action (data), 1 = noise, and every sampler goes fr
 a 0-dim tensor; a `schedule` is an elementwise callable t -> (alpha, sigma) with x_t = alpha_t a + sigma_t eps.
 
     ode                                 from a velocity: Euler, midpoint, Runge-Kutta 4
-    ddim, sde, dpm_solver_pp, ddpm      from a noise prediction
+    ddim, sde, dpm_solver_pp            from a noise prediction
     with_jacobian, invert               of one step: its derivative, and the way back
 
-Everything is differentiable and never makes the host wait for the device. `sde` and `ddpm` draw noise from torch's
-default generator.
+Everything is differentiable and never makes the host wait for the device. `sde` draws noise from torch's default
+generator.
 """
 
 from collections.abc import Callable
@@ -132,25 +132,6 @@ def dpm_solver_pp(noise_prediction: Model, schedule: Schedule, x: torch.Tensor, 
         ahead = action + weight * (action - previous)
         x = alpha_next * ahead + sigma_next * (x - alpha * ahead) / sigma
         previous = action
-    return x
-
-
-def ddpm(noise_prediction: Model, betas: torch.Tensor, x: torch.Tensor, clip: bool = True) -> torch.Tensor:
-    """Ancestral sampling in discrete time: Ho et al. 2020 (arXiv 2006.11239), Algorithm 2: (..., A) -> (..., A).
-
-    `betas` is (T,), and the model gets t = T-1, ..., 0 unscaled. The noise of step t is scaled by sqrt(beta_t); the
-    last step has none. `clip` keeps x itself, noise included, in [-1, 1] after every step, as in IDQL (arXiv
-    2304.10573).
-    """
-    betas = betas.to(x)
-    alpha_bars = (1 - betas).cumprod(0)
-    for i in reversed(range(len(betas))):
-        eps = noise_prediction(x, torch.full((), i, device=x.device, dtype=x.dtype))
-        x = (x - betas[i] / (1 - alpha_bars[i]).sqrt() * eps) / (1 - betas[i]).sqrt()
-        if i > 0:
-            x = x + betas[i].sqrt() * torch.randn_like(x)
-        if clip:
-            x = x.clamp(-1.0, 1.0)
     return x
 
 

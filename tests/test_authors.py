@@ -12,6 +12,7 @@ from helpers import args_of, files_with, flat
 
 import gmpo
 import idql
+from common import datasets
 
 GMPO, IDQL = 1e-6, 1e-5  # the largest errors
 each_file = pytest.mark.parametrize("algorithm", files_with("PaperNet"), ids=lambda module: module.__name__)
@@ -100,11 +101,12 @@ def test_gmpos_sample_is_the_authors(monkeypatch):
 
 
 def test_idqls_schedule_network_loss_and_gradient_are_the_authors(monkeypatch):
-    net, they, args = idql_net(), recorded("idql"), args_of(idql, diffusion_steps=5, schedule="vp")
+    net, they, args = idql_net(), recorded("idql"), args_of(idql, diffusion_steps=5)
     close(idql.betas(args), they["betas"], IDQL)
     close(net(they["x_t"], they["t"].float(), they["obs"]), they["net_output"], IDQL)
     give(monkeypatch, randn_like=[they["eps"]], randint=[they["t"]])
-    loss = idql.noise_loss(net, they["obs"], they["action"], args).mean()
+    batch = datasets.Batch(they["obs"], they["action"], they["obs"][:, 0], None, None)
+    loss, _ = idql.policy_loss(net, batch, args)
     close(loss, they["loss"], IDQL)
     loss.backward()
     close(flat(p.grad.double() for p in net.parameters()).norm(), they["grad_norm"], IDQL)
@@ -114,5 +116,5 @@ def test_idqls_schedule_network_loss_and_gradient_are_the_authors(monkeypatch):
 def test_idqls_sample_is_the_authors(monkeypatch):
     net, they = idql_net(), recorded("idql")
     give(monkeypatch, randn=[they["noise"][0]], randn_like=they["noise"][1:])
-    found = idql.sample(net, they["obs"], args_of(idql, diffusion_steps=5, schedule="vp"))
+    found = idql.sample(net, they["obs"], args_of(idql, diffusion_steps=5))
     close(found, they["sampled"], IDQL)

@@ -16,7 +16,7 @@ OBS, ACT = 3, 2
 
 
 def args_of(**changes):
-    values = dict(expectile=0.7, beta=1.0, extraction="argmax", candidates=4, diffusion_steps=5, schedule="vp")
+    values = dict(expectile=0.7, beta=1.0, extraction="argmax", candidates=4, diffusion_steps=5)
     return helpers.args_of(idql, **values | changes)
 
 
@@ -34,12 +34,9 @@ def net_of(dropout=0.1, seed=0):
 # The schedules
 
 
-@pytest.mark.parametrize(
-    "schedule, expected",
-    [("vp", [0.1959, 0.4588, 0.6358, 0.7549, 0.8350]), ("cosine", [0.1013, 0.2795, 0.4736, 0.7241, 0.9990])],
-)
-def test_five_betas_are_the_papers(schedule, expected):
-    torch.testing.assert_close(idql.betas(args_of(schedule=schedule)), torch.tensor(expected), rtol=0, atol=5e-5)
+def test_five_betas_are_the_papers():
+    expected = torch.tensor([0.1959, 0.4588, 0.6358, 0.7549, 0.8350])
+    torch.testing.assert_close(idql.betas(args_of()), expected, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("steps", [5, 7, 50])
@@ -105,22 +102,22 @@ def test_network_sees_action_time_in_whole_numbers_and_normalised_state():
 # The noise loss and the sampler
 
 
-def test_noise_loss_is_a_sum_over_dimensions_at_uniform_whole_times():
+def test_policy_loss_is_a_sum_over_dimensions_at_uniform_whole_times():
     seen = []
     net = Net(lambda x, t, obs: seen.append(t) or x * (1 + t[:, None]) + obs[:, :ACT])
     batch = batch_of(20_000)
     torch.manual_seed(5)
-    loss = idql.noise_loss(net, batch.obs, batch.action, args_of())
+    loss, _ = idql.policy_loss(net, batch, args_of())
     torch.manual_seed(5)
     t, eps = torch.randint(5, (20_000,)), torch.randn(20_000, ACT)
     kept = torch.tensor([math.exp(-0.1 * i / 5 - 0.5 * 9.9 * i**2 / 25) for i in range(1, 6)])[t][:, None]
     out = (kept.sqrt() * batch.action + (1 - kept).sqrt() * eps) * (1 + t[:, None]) + batch.obs[:, :ACT]
-    torch.testing.assert_close(loss, ((out - eps)[:, 0]) ** 2 + ((out - eps)[:, 1]) ** 2, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss, (((out - eps)[:, 0]) ** 2 + ((out - eps)[:, 1]) ** 2).mean(), rtol=1e-4, atol=1e-4)
     assert torch.equal(seen[0], t.float())
     torch.testing.assert_close(t.bincount() / 20_000, torch.full((5,), 0.2), rtol=0, atol=0.015)
 
 
-def test_policy_loss_is_the_mean_noise_loss_with_dropout_on_and_without_the_critic():
+def test_policy_loss_has_dropout_on_and_leaves_the_critic_out():
     policy, batch, args = net_of(), batch_of(), args_of()
 
     def at_seed_1(function):
@@ -128,15 +125,14 @@ def test_policy_loss_is_the_mean_noise_loss_with_dropout_on_and_without_the_crit
         return function()
 
     loss = at_seed_1(lambda: idql.policy_loss(policy, batch, args)[0])
-    assert torch.equal(loss, at_seed_1(lambda: idql.noise_loss(policy, batch.obs, batch.action, args).mean()))
+    assert torch.equal(loss, at_seed_1(lambda: idql.policy_loss(policy, batch, args)[0]))
     other = batch._replace(reward=batch.reward + 1, next_obs=batch.next_obs + 1, done=1 - batch.done)
     assert torch.equal(loss, at_seed_1(lambda: idql.policy_loss(policy, other, args)[0]))
     assert loss != at_seed_1(lambda: idql.policy_loss(policy.eval(), batch, args)[0])
 
 
-@pytest.mark.parametrize("schedule", ["vp", "cosine"])
-def test_sample_is_eq_17_by_hand(schedule):
-    args, obs = args_of(schedule=schedule), batch_of(64).obs
+def test_sample_is_eq_17_by_hand():
+    args, obs = args_of(), batch_of(64).obs
     net = Net(lambda x, t, obs: torch.sin(2 * x + t[:, None]) * obs[:, :ACT])
     torch.manual_seed(0)
     out = idql.sample(net, obs, args)
@@ -301,7 +297,7 @@ def test_a_run_on_the_bandit_comes_near_the_closed_form(tmp_path, monkeypatch):
     monkeypatch.setattr(idql, "LNResNet", SmallNet)
     args = idql.Args(
         env="bandit", device="cpu", run_dir=tmp_path / "run", critic_steps=600, policy_steps=3000,
-        policy_batch_size=512, policy_lr=5e-3, candidates=16, ema_rate=0.01, diffusion_steps=20, schedule="cosine",
+        policy_batch_size=512, policy_lr=5e-3, candidates=16, ema_rate=0.01, diffusion_steps=20,
         eval_every=3600,
     )  # fmt: skip
     assert idql.train(args)["eval/total_variation"] < 0.07

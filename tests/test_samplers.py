@@ -284,74 +284,19 @@ def test_ddim_is_euler_on_the_linear_path():
     torch.testing.assert_close(samplers.ddim(gaussian_noise(linear), linear, x, 10), expected, rtol=0, atol=1e-12)
 
 
-# ---- ddpm
-
-BETAS = torch.tensor([0.1959, 0.4588, 0.6358, 0.7549, 0.8350], dtype=DTYPE)
+# ---- noise
 
 
-def test_ddpm_without_noise(monkeypatch):
-    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
-    x, times = torch.randn(4, 2, dtype=DTYPE, generator=seeded()), []
-
-    def zero(x, t):
-        times.append(t)
-        return 0 * x
-
-    y = samplers.ddpm(zero, BETAS, x, clip=False)
-    torch.testing.assert_close(y, x / (1 - BETAS).prod().sqrt(), rtol=1e-12, atol=0)
-    assert [t.item() for t in times] == [4, 3, 2, 1, 0]
-    assert all(t.shape == () and t.dtype == x.dtype for t in times)
-
-
-def test_ddpm_mean_uses_the_noise_prediction(monkeypatch):
-    """For one data point and T = 1 the mean is that point; for T = 2 written out."""
-    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
-    x = torch.randn(4, 2, dtype=DTYPE, generator=seeded())
-    abar = (1 - BETAS[:2]).cumprod(0)
-    noise = lambda x, t: (x - abar[int(t)].sqrt() * MEAN) / (1 - abar[int(t)]).sqrt()  # noqa: E731
-    torch.testing.assert_close(samplers.ddpm(noise, BETAS[:1], x, clip=False), MEAN.expand_as(x))
-    one = (x - BETAS[1] * (x - abar[1].sqrt() * MEAN) / (1 - abar[1])) / (1 - BETAS[1]).sqrt()
-    two = (one - BETAS[0] * (one - abar[0].sqrt() * MEAN) / (1 - abar[0])) / (1 - BETAS[0]).sqrt()
-    torch.testing.assert_close(samplers.ddpm(noise, BETAS[:2], x, clip=False), two)
-
-
-def test_ddpm_noise_scale_is_sqrt_beta():
-    """A zero prediction from x = 0: the variance is the sum of beta_t over the later alphas, none at t = 0."""
-    x, seen = torch.zeros(200_000, 1, dtype=DTYPE), []
-    torch.manual_seed(0)
-    y = samplers.ddpm(lambda x, t: seen.append(x) or 0 * x, BETAS, x, clip=False)
-    variance = sum(BETAS[i] / (1 - BETAS[:i]).prod() for i in range(1, 5))
-    assert y.std().item() == pytest.approx(variance.sqrt().item(), rel=0.01)
-    assert seen[1].std().item() == pytest.approx(BETAS[4].sqrt().item(), rel=0.01)
-    torch.manual_seed(0)
-    torch.testing.assert_close(seen[1], BETAS[4].sqrt() * torch.randn_like(x))
-
-
-def test_ddpm_clips_every_step():
-    seen, x = [], 5 * torch.randn(1000, 2, dtype=DTYPE, generator=seeded())
-    model = lambda x, t: seen.append(x) or torch.zeros_like(x)  # noqa: E731
-    y = samplers.ddpm(model, BETAS, x)
-    assert torch.equal(seen[0], x)  # the start is left as it is
-    for inner in [*seen[1:], y]:
-        assert inner.abs().max() == 1.0
-    assert samplers.ddpm(model, BETAS, x, clip=False).abs().max() > 1
-
-
-@pytest.mark.parametrize("sampler", ["sde", "ddpm"])
-def test_each_step_has_noise_of_its_own_and_the_last_has_none(sampler, monkeypatch):
+def test_each_step_of_the_sde_has_noise_of_its_own_and_the_last_has_none(monkeypatch):
     x, model, given = torch.ones(5, 2, dtype=DTYPE), lambda x, t: 0.1 * x, []
-    sample = {
-        "sde": lambda: samplers.sde(model, gvp, x, 5),
-        "ddpm": lambda: samplers.ddpm(model, BETAS, x, clip=False),
-    }[sampler]
     monkeypatch.setattr(torch, "randn_like", lambda x: given.pop(0))
     z, changed = torch.randn(5, 5, 2, dtype=DTYPE, generator=seeded()), []
     for step in [None, *range(5)]:
         given[:] = z.clone()
         if step is not None:
             given[step] += 1
-        changed.append(sample())
-    assert len(given) == (0 if sampler == "sde" else 1)  # unused
+        changed.append(samplers.sde(model, gvp, x, 5))
+    assert not given
     assert [not torch.equal(y, changed[0]) for y in changed[1:]] == [True] * 4 + [False]
 
 
@@ -436,14 +381,12 @@ def test_no_sampler_waits_for_the_device():
         result = result if isinstance(result, tuple) else (result,)
         assert all(y.device.type == "meta" and y.dtype == torch.float32 for y in result)
         assert {tuple(y.shape) for y in result} <= {(2, 3), (2,)}
-    assert samplers.ddpm(lambda x, t: x * t, BETAS, x).shape == (2, 3)
 
 
 def test_samplers_are_differentiable_and_keep_leading_dimensions():
     network = Network(3)
     x = torch.randn(2, 5, 3, dtype=DTYPE, generator=seeded()).requires_grad_()
-    calls = every_sampler(network, x) | {"ddpm": partial(samplers.ddpm, network, BETAS, x, clip=False)}
-    for sample in calls.values():
+    for sample in every_sampler(network, x).values():
         result = sample()
         result = result[0] if isinstance(result, tuple) else result
         assert result.shape[:2] == (2, 5)

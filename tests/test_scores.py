@@ -202,7 +202,7 @@ import scores
 scores.SETS = ("bandit",)
 scores.METHODS = {{
     "iql": "iql_critic.py --critic-steps 5 --policy-steps 5",
-    "gmpo": "gmpo.py --policy-steps 600 --eval-every 300 --save-every 20 --log-every 100 --batch-size 8",
+    "gmpo": "gmpo.py --policy-steps 600 --eval-every 300 --save-every 20 --log-every 20 --batch-size 8",
 }}
 scores.MORE = {{"bandit": {{"gmpo-noiseless": "gmpo.py --act-noise 0 --eval-only"}}}}
 scores.tables.COLUMNS = ("iql", "gmpo")
@@ -261,7 +261,7 @@ def test_a_killed_run_loses_nothing_else_and_the_next_call_goes_on(killed):
     assert (folder / "runs/scores/bandit/iql/seed0/eval.json").stat().st_mtime_ns == seen["iql"]  # not run again
     lines = (folder / "runs/scores/bandit/gmpo/seed0/metrics.jsonl").read_text().splitlines()
     assert lines[0] == seen["metrics"][0]  # with the time of the first attempt in it
-    assert [json.loads(line)["step"] for line in lines] == list(range(100, 601, 100))
+    assert [json.loads(line)["step"] for line in lines] == list(range(20, 601, 20))
 
 
 def test_what_is_gathered_is_what_the_runs_left(killed):

@@ -168,7 +168,7 @@ def test_idqls_run_is_its_steps_with_the_average_that_acts(trained):
         critic_step()
     for k in range(STEPS):
         batch = data[torch.randint(len(data), (args.policy_batch_size,))]
-        loss = idql.noise_loss(policy, batch.obs, batch.action, args).mean()
+        loss, _ = idql.policy_loss(policy, batch, args)
         descend(adam, loss, args.policy_lr * cosine(k))
         average(ema, policy, args.ema_rate)
     check(checkpoint, critic=critic, policy=policy, ema=ema)
