@@ -76,7 +76,8 @@ def load_checkpoint(path: str | Path, algorithm: str | None = None, device: str 
 def saved_args(state: dict, args_type: type):
     """The arguments in a checkpoint or config.json. Raises UserError if they are those of another version."""
     if unknown := state["args"].keys() - {field.name for field in dataclasses.fields(args_type)}:
-        raise UserError(f"the run has an argument {unknown.pop()!r} that this version does not know; update it")
+        where, name = state["args"].get("run_dir"), unknown.pop()
+        raise UserError(f"the run in {where} has an argument {name!r} that this version does not know; use its own one")
     paths = {key: Path(state["args"][key]) for key in ("run_dir", "critic", "behaviour") if state["args"].get(key)}
     return args_type(**state["args"] | paths)
 

@@ -39,6 +39,7 @@ from running import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common import Interrupted, TrainingError, UserError, arguments, datasets, runs, trained
+from common.trained import curves
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
@@ -347,7 +348,7 @@ def test_pictures_are_in_the_folder(finished, picture):
 
 def test_curves_hold_every_scalar(finished):
     _, folder, _, _ = finished
-    drawn = {axes.get_title(): axes.lines[0].get_xydata().tolist() for axes in trained.curves(folder).axes}
+    drawn = {axes.get_title(): axes.lines[0].get_xydata().tolist() for axes in curves(folder).axes}
     rows = logged(folder)
     names = {key for row in rows for key in row} - {"step"}
     assert drawn == {name: [[row["step"], row[name]] for row in rows if name in row] for name in names}
@@ -534,19 +535,14 @@ def test_data_replaced_since_are_refused(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_training(files, tmp_path):
     (tmp_path / "file").write_text("mine")
-    code, out, err = command(
-        "gmpo", *tiny_flags("gmpo", env=str(files / "own.hdf5"), run_dir=tmp_path / "file" / "run")
-    )
-    assert (
-        refused(code, err, "file/run can't be written", "choose another --run-dir")
-        and "step" not in out.split("gradient")[0]
-    )
-    if os.getuid():  # root may write everywhere
-        (tmp_path / "closed").mkdir(mode=0o500)
-        code, _, err = command(
-            "gmpo", *tiny_flags("gmpo", env=str(files / "own.hdf5"), run_dir=tmp_path / "closed/run")
-        )
-        assert refused(code, err, "can't be written (Permission denied)")
+    (tmp_path / "closed").mkdir(mode=0o500)
+    folders = {"file/run": "Not a directory"}
+    folders |= {"closed/run": "Permission denied"} if os.getuid() else {}  # root may write everywhere
+    for folder, why in folders.items():
+        flags = tiny_flags("gmpo", env=str(files / "own.hdf5"), run_dir=tmp_path / folder)
+        code, out, err = command("gmpo", *flags)
+        assert refused(code, err, f"{folder} can't be written ({why}); choose another --run-dir")
+        assert "gradient steps" not in out
 
 
 # ---------------------------------------------------------------- NaN
