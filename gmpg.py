@@ -1,7 +1,7 @@
 """GMPG: a policy gradient through the sampler of a diffusion or flow policy, held near the behaviour by the exact KL.
 
     python gmpg.py                                               halfcheetah-demo, made on the spot
-    python gmpg.py --env bandit --gradient reinforce             a problem with a known answer
+    python gmpg.py --env bandit                                  a problem with a known answer
     python gmpg.py --env halfcheetah-medium-expert-v2            D4RL's data, physics and score
     python gmpg.py --critic runs/halfcheetah-demo/iql_critic/seed0   with a critic that is there already
 
@@ -12,8 +12,8 @@ Offline RL: D holds transitions (s, a, r, s', d) of an unknown behaviour policy 
 collected. GMPO (gmpo.py) re-weights the data's actions; GMPG climbs to the same optimum, mu exp(beta Q) / Z, by the
 gradient of E[Q(s, a)] - KL(pi || mu) / beta, through every step of the sampler that made the action. In order:
 
-  critic (IQL, arXiv:2110.06169, in the general form of IDQL, arXiv:2304.10573)
-    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f asymmetric: V is the value of a policy better than mu
+  critic (IQL, arXiv:2110.06169)
+    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f(u) = |tau - 1[u < 0]| u^2 punishes a V that is too low
     (2)  L_Q = E_D[ sum_i (r + gamma (1 - d) V(s') - Q_i(s, a))^2 ]
     (3)  Q' <- (1 - target_rate) Q' + target_rate Q          the target critic follows slowly
   generative model of actions; time runs from t = 0, the action, to t = 1, the noise eps ~ N(0, I)
@@ -21,31 +21,36 @@ gradient of E[Q(s, a)] - KL(pi || mu) / beta, through every step of the sampler 
     (5)  l(s, a) = 1/2 |net(x_t, t, s) - target|^2           target: velocity alpha'_t a + sigma'_t eps, or noise eps
     (6)  dx/dt = velocity(x, t, s), from t = 1 to t = 0      noise becomes an action
   policy, started as a copy of the model of mu
-    (12) x_{k+1} = x_k - (t_k - t_{k+1}) velocity(x_k, t_k, s)  Euler's steps of Eq. (6), t_0 = 1 to t_n = 0, a = x_n
-    (13) log pi(a|s) = log N(x_0; 0, I) - sum_k log |det dx_{k+1} / dx_k|    exact for these steps; log mu(a|s) likewise
+    (12) z_{k+1} = z_k - (t_k - t_{k+1}) velocity(z_k, t_k, s)  Euler's steps of Eq. (6): z_0 is noise, z_n the action
+    (13) log pi(a|s) = log N(z_0; 0, I) - sum_k log |det dz_{k+1} / dz_k|    the change of variables, exact
     (14) L = E[ -beta min_i Q_i(s, a) + log pi(a|s) - log mu(a|s) ]          GMPG
 
-The densities are those of the very steps that sample, not of the continuous flow: a policy finds and exploits any gap
-between the two. B is the batch, O the size of an observation, A of an action. Equations have the same number in every
-file. Read gmpo.py before this file: `diff gmpo.py gmpg.py` shows what a policy gradient changes.
+log mu(a|s) is Eq. (13) for the model of mu, whose steps are undone one by one, from the policy's action to the noise.
+B is the batch, O the size of an observation, A of an action. Equations have the same number in every file.
 """
 
 import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from common import arguments, bandit, datasets, runs, samplers, trained
 from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 
+NAME = "gmpg"
+
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments (those of every run, --env and --seed among them, are in common/arguments.py)
+# 1. Arguments; RunArgs has --env, --seed, ... . Amount, Steps: >= 0; Count: >= 1; Share: in [0, 1]; Inside: in (0, 1)
 
 
 @dataclass
@@ -64,13 +69,13 @@ class Args(RunArgs):
     """share of the new weights in Eq. (3)"""
 
     path: Literal["vp", "gvp", "icfm"] = "gvp"
-    """Eq. (4): vp variance-preserving diffusion, gvp trigonometric, icfm straight line; all predict the velocity"""
+    """Eq. (4): vp variance-preserving diffusion, gvp trigonometric path, icfm straight line"""
     network: Literal["mlp", "paper"] | None = None
     """paper: the U-shaped net of the reference code, the state through 32 numbers; mlp: the state beside the action"""
-    sampler_steps: Count = 16
-    """n of Eq. (12)"""
+    sampler_steps: Count | None = None
+    """steps of the sampler"""
     act_noise: Amount = 1.0
-    """scale of the noise that actions start from when the policy acts: 1 samples it, 0 takes its most typical action"""
+    """scale of the noise that actions start from: 1 samples the policy, 0 starts at the noise's mean"""
 
     behaviour_steps: Steps | None = None
     """gradient steps of the model of mu"""
@@ -85,20 +90,26 @@ class Args(RunArgs):
     grad_norm: Amount = 10.0
     """the policy's gradient is clipped to this norm"""
     batch_size: Count | None = None
-    """transitions a gradient step of critic and model of mu"""
+    """transitions a gradient step"""
     policy_batch_size: Count | None = None
     """states a gradient step of the policy"""
 
 
-# What an argument that is None becomes: the entry of the dataset's name (or of its family, "own data", ...), over "*".
+# differs from the paper: on data that are not D4RL's the net is a plain MLP, an eleventh of the size of the paper's
+OURS = dict(
+    behaviour_lr=1e-3, policy_lr=1e-4, batch_size=256, policy_batch_size=256, normalize_obs=True, network="mlp",
+    eval_every=100,
+)  # fmt: skip
+
+# What an argument that is None becomes: what "*" says, unless the entry that fits --env best says otherwise: its name,
+# else its kind ("own data": a file; "remade", "maze2d-remade": made on the spot), else its family (antmaze).
 SETTINGS = {
-    # The reference code's critic, beta and learning rate. Its loss has (log pi - log mu) / (A ln 2), so its beta times
-    # A ln 2 is this one. The budget is ours: its 1250 to 24 500 updates of 40 960 states and 999 steps are months of a
-    # GPU; these are 10 000 updates of 1024 states and 16 steps, untried on D4RL's data.
+    # The reference code's; its loss has (log pi - log mu) / (A ln 2), so its beta times A ln 2 is this one. The budget
+    # is ours, untried on D4RL's data: its up to 24 500 updates of 40 960 states and 999 steps take a GPU months.
     "*": dict(
         critic_lr=3e-4, critic_steps=1_000_000, behaviour_steps=500_000, behaviour_lr=1e-4, policy_steps=10_000,
         policy_lr=1e-5, batch_size=4096, policy_batch_size=1024, expectile=0.7, beta=16.6, normalize_obs=False,
-        network="paper", eval_every=500,
+        network="paper", sampler_steps=16, eval_every=500,
     ),
     "halfcheetah-medium-v2": dict(critic_steps=1_220_000, policy_lr=1e-4, beta=4.16),
     "halfcheetah-medium-expert-v2": dict(critic_steps=976_000, policy_lr=1e-6, beta=16.6),
@@ -109,26 +120,25 @@ SETTINGS = {
     "walker2d-medium-v2": dict(critic_steps=1_220_000, policy_lr=1e-4, beta=4.16),
     "walker2d-medium-expert-v2": dict(critic_steps=976_000, policy_lr=1e-6, beta=16.6),
     "walker2d-medium-replay-v2": dict(critic_steps=370_000, policy_lr=2e-5, beta=33.3),
-    "antmaze-umaze-v0": dict(critic_lr=1e-4, policy_lr=2e-6, expectile=0.9, beta=5.55),
-    "antmaze-umaze-diverse-v0": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
-    "antmaze-medium-play-v0": dict(critic_lr=1e-4, policy_lr=1e-6, expectile=0.9, beta=5.55),
-    "antmaze-medium-diverse-v0": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
-    "antmaze-large-play-v0": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
-    "antmaze-large-diverse-v0": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
+    **{
+        f"antmaze-{maze}-v0": dict(critic_lr=1e-4, policy_lr=policy_lr, expectile=0.9, beta=5.55)
+        for maze, policy_lr in (("umaze", 2e-6), ("umaze-diverse", 5e-6), ("medium-play", 1e-6),
+                                ("medium-diverse", 5e-6), ("large-play", 5e-6), ("large-diverse", 5e-6))
+    },
+    **{family: dict(beta=0.5) for family in ("kitchen", "pen", "hammer", "door", "relocate")},  # IQL's, for want of one
+    "antmaze": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
     # Ours: budgets of minutes, chosen by trying.
-    "halfcheetah-demo": dict(
-        critic_steps=15_000, behaviour_steps=10_000, behaviour_lr=1e-3, policy_steps=400, policy_lr=1e-4,
-        batch_size=256, policy_batch_size=64, beta=2.0, normalize_obs=True,
-        network="mlp", eval_every=100,
+    "halfcheetah-demo": OURS | dict(
+        critic_steps=15_000, behaviour_steps=10_000, policy_steps=400, policy_batch_size=64, beta=2.0, eval_every=100,
     ),
-    "bandit": dict(
+    "bandit": OURS | dict(
         critic_lr=1e-3, critic_steps=1_500, behaviour_steps=8_000, behaviour_lr=3e-3, policy_steps=200,
-        policy_lr=3e-4, batch_size=128, policy_batch_size=256, beta=2.0, network="mlp", eval_every=50,
+        policy_lr=3e-4, batch_size=128, beta=2.0, normalize_obs=False, eval_every=50,
     ),
-    "own data": dict(
-        critic_steps=100_000, behaviour_steps=100_000, behaviour_lr=3e-4, policy_steps=1_000, policy_lr=1e-4,
-        batch_size=256, policy_batch_size=256, beta=0.3, normalize_obs=True,
-        network="mlp", eval_every=100,
+    "maze2d-remade": OURS | dict(critic_steps=100_000, behaviour_steps=50_000, policy_steps=1_000, beta=1.0),
+    "remade": OURS | dict(critic_steps=200_000, behaviour_steps=100_000, policy_steps=1_000, beta=1.0),
+    "own data": OURS | dict(
+        critic_steps=100_000, behaviour_steps=100_000, behaviour_lr=3e-4, policy_steps=1_000, beta=0.3,
     ),
 }  # fmt: skip
 
@@ -145,12 +155,12 @@ class Normalize(nn.Module):
         self.register_buffer("mean", torch.zeros(obs_dim))
         self.register_buffer("std", torch.ones(obs_dim))
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor) -> Tensor:
         return (obs - self.mean) / self.std
 
 
-def fit_normalizers(obs: torch.Tensor, *networks: nn.Module) -> None:
-    """Let every Normalize in these networks standardise observations like `obs`, (N, O)."""
+def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
+    """Let every Normalize in these networks standardise by the mean and std of `obs`, all the data's."""
     for module in (module for network in networks for module in network.modules()):
         if isinstance(module, Normalize):
             module.mean.copy_(obs.mean(0))
@@ -178,7 +188,7 @@ class TwinQ(nn.Module):
         self.normalize = Normalize(obs_dim)
         self.q1, self.q2 = mlp(obs_dim + action_dim, 256, 256, 1), mlp(obs_dim + action_dim, 256, 256, 1)
 
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([self.normalize(obs), action], -1)
         return torch.stack([self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)])
 
@@ -190,27 +200,22 @@ class Value(nn.Module):
         super().__init__()
         self.normalize, self.net = Normalize(obs_dim), mlp(obs_dim, 256, 256, 1)
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor) -> Tensor:
         return self.net(self.normalize(obs)).squeeze(-1)
 
 
 class StateMLP(nn.Module):
     """net(x_t, t, s), the state beside the noisy action: (B, A), (B,), (B, O) -> (B, A)."""
 
-    # differs from the paper: on data that are not D4RL's the net is this one, an eleventh of the size of the paper's
-
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
         self.normalize, self.action_dim = Normalize(obs_dim), action_dim
         self.register_buffer("frequencies", math.pi * torch.arange(1, 9))
-        self.net = nn.Sequential(
-            nn.Linear(action_dim + 16 + obs_dim, 256), nn.SiLU(),
-            nn.Linear(256, 256), nn.SiLU(),
-            nn.Linear(256, 256), nn.SiLU(),
-            nn.Linear(256, action_dim),
-        )  # fmt: skip
+        first, last = nn.Linear(action_dim + 16 + obs_dim, 256), nn.Linear(256, action_dim)
+        between = [nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU()]
+        self.net = nn.Sequential(first, *between, last)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, t: Tensor, obs: Tensor) -> Tensor:
         angle = t[:, None] * self.frequencies  # (B, 8)
         return self.net(torch.cat([x, angle.cos(), angle.sin(), self.normalize(obs)], -1))
 
@@ -224,7 +229,7 @@ class PaperBlock(nn.Module):
         self.embedding = nn.Linear(128, size_out)
         self.skip = nn.Linear(size_in, size_out) if size_in != size_out else nn.Identity()
 
-    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = F.silu(self.first(x)) + self.embedding(F.silu(embedding))
         return F.silu(self.second(h)) + self.skip(x)
 
@@ -243,7 +248,7 @@ class PaperNet(nn.Module):
         self.up = nn.ModuleList([PaperBlock(256, 256), PaperBlock(512, 512)])
         self.head = nn.Linear(1024, action_dim)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, t: Tensor, obs: Tensor) -> Tensor:
         angle = t[:, None] * self.frequencies  # (B, 16)
         embedding = self.embed(torch.cat([angle.sin(), angle.cos(), F.silu(self.condition(self.normalize(obs)))], -1))
         skips = []
@@ -264,11 +269,8 @@ def make_policy(obs_dim: int, action_dim: int, args: Args) -> nn.Module:
 # ------------------------------------------------------------------------------------------------------------------
 # 3. The generative model: t = 0 is the action, t = 1 the noise
 
-# differs from GMPO: velocity on the vp path too, as in the paper's GMPG, so that no 1 / sigma enters a density
-PREDICTS = {"vp": "velocity", "gvp": "velocity", "icfm": "velocity"}
 
-
-def alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+def alpha_sigma(t: Tensor, path: str) -> tuple[Tensor, Tensor]:
     """alpha_t and sigma_t of Eq. (4), of t's shape."""
     if path == "vp":  # beta_t = 0.1 + 19.9 t and alpha_t = exp(-1/2 int_0^t beta)
         log_alpha = -19.9 / 4 * t**2 - 0.1 / 2 * t
@@ -278,7 +280,7 @@ def alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]
     return 1 - t, t
 
 
-def d_alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+def d_alpha_sigma(t: Tensor, path: str) -> tuple[Tensor, Tensor]:
     """Their derivatives by t; sigma'_t of vp is infinite at t = 0."""
     alpha, sigma = alpha_sigma(t, path)
     if path == "vp":
@@ -290,7 +292,7 @@ def d_alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tenso
     return -torch.ones_like(t), torch.ones_like(t)
 
 
-def matching_loss(net: nn.Module, obs: torch.Tensor, action: torch.Tensor, args: Args) -> torch.Tensor:
+def matching_loss(net: nn.Module, obs: Tensor, action: Tensor, args: Args) -> Tensor:
     """Eq. (5) of each sample, summed over action dimensions: (B, O), (B, A) -> (B,)."""
     # differs from the reference code: there icfm adds noise of 0.1 to x_t, which blurs the learnt actions by as much
     eps = torch.randn_like(action)
@@ -298,19 +300,9 @@ def matching_loss(net: nn.Module, obs: torch.Tensor, action: torch.Tensor, args:
     alpha, sigma = alpha_sigma(t[:, None], args.path)
     d_alpha, d_sigma = d_alpha_sigma(t[:, None], args.path)
     x = alpha * action + sigma * eps  # Eq. (4)
-    target = eps if PREDICTS[args.path] == "noise" else d_alpha * action + d_sigma * eps
+    # differs from GMPO: the velocity on the vp path too, as in the paper's GMPG, so that no 1 / sigma enters a density
+    target = d_alpha * action + d_sigma * eps
     return 0.5 * (net(x, t, obs) - target).square().sum(-1)  # Eq. (5)
-
-
-def velocity(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor, path: str) -> torch.Tensor:
-    """dx/dt of Eq. (6), towards the noise: (B, A), (), (B, O) -> (B, A)."""
-    out = net(x, t.expand(len(x)), obs)
-    if PREDICTS[path] == "velocity":
-        return out
-    t = t.clamp(min=1e-3)  # 1 / sigma_t is infinite at t = 0
-    alpha, sigma = alpha_sigma(t, path)
-    d_alpha, _ = d_alpha_sigma(t, path)
-    return d_alpha / alpha * (x - out / sigma)  # alpha' a + sigma' eps, with a = (x - sigma eps) / alpha
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -326,13 +318,14 @@ class Critic(nn.Module):
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
 
 
-def f(u: torch.Tensor, args: Args) -> torch.Tensor:
-    """The expectile loss of Eq. (1), elementwise at u = Q - V."""
+def f(u: Tensor, args: Args) -> Tensor:
+    """|tau - 1[u < 0]| u^2, the expectile loss of Eq. (1), elementwise at u = Q - V."""
     return torch.where(u > 0, args.expectile, 1 - args.expectile) * u.square()
 
 
-def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
-    """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. Rewards are scaled by the dataset."""
+def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tensor, dict]:
+    """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. The batch's rewards are scaled already,
+    and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
         q_slow = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
         # differs from IQL's and IDQL's code: V as it is before its own step, as in GMPO's code; theirs is after it
@@ -354,47 +347,72 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 # ------------------------------------------------------------------------------------------------------------------
 # 5. The policy
 
-# The nodes of Eqs. (12) and (13): t_k = (1 - k / n)^2, dense at t = 0, where narrow data fold a coarse step.
-NODES = dict(method="euler", power=2.0)
+
+def times(obs: Tensor, args: Args) -> list[tuple[Tensor, Tensor]]:
+    """(t_k, t_{k+1}) of Eq. (12), with t_k = (1 - k / n)^2: steps are short near the action, since a coarse one is not
+    one-to-one where data are narrow, and then Eq. (13) fails."""
+    return list(pairwise(torch.linspace(1, 0, args.sampler_steps + 1, device=obs.device, dtype=obs.dtype) ** 2))
 
 
-def kl_terms(
-    policy: nn.Module, behaviour: nn.Module, obs: torch.Tensor, args: Args
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The policy's action, its log pi and log mu by Eq. (13), the error of the latter: (B, A) and three of (B,)."""
-    # differs from the reference code: there the likelihood detaches its state, so that the KL has a wrong gradient
+def euler_step(net: nn.Module, obs: Tensor, t: Tensor, t_next: Tensor) -> Callable:
+    """One step of Eq. (12), Euler's for Eq. (6), as a function z -> z_next, (B, A) -> (B, A)."""
+    return lambda z: z - (t - t_next) * net(z, t.expand(len(z)), obs)
+
+
+def log_normal(z: Tensor) -> Tensor:
+    """log N(z; 0, I): (B, A) -> (B,)."""
+    return -0.5 * (z**2 + math.log(2 * math.pi)).sum(-1)
+
+
+def sample_with_log_density(net: nn.Module, obs: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """An action and its log pi(a|s), Eqs. (12) and (13): (B, O) -> (B, A), (B,)."""
     # differs from the reference code: it solves three ODEs of 999 steps, each with discretisation error, and estimates
-    # log-determinants by Hutchinson's method; here are two of 16 steps, without either error
-    x = torch.randn(len(obs), policy.action_dim, device=obs.device)
-    pi, mu = (lambda x, t, net=net: velocity(net, x, t, obs, args.path) for net in (policy, behaviour))
-    action, log_pi = samplers.ode_with_log_density(pi, x, args.sampler_steps, **NODES)
-    log_mu, error = samplers.log_density(mu, action, args.sampler_steps, **NODES)
-    return action, log_pi, log_mu, error
+    # the determinants; here are two of 16 steps, without either error
+    z = torch.randn(len(obs), net.action_dim, device=obs.device, dtype=obs.dtype)
+    log_pi = log_normal(z)
+    for t, t_next in times(obs, args):
+        z, jacobian = samplers.with_jacobian(euler_step(net, obs, t, t_next), z)
+        log_pi = log_pi - torch.linalg.slogdet(jacobian).logabsdet
+    return z, log_pi
+
+
+def log_density(net: nn.Module, obs: Tensor, action: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """Eq. (13) of given actions, (B, O), (B, A) -> (B,), and how well their steps were undone, (B,): where the largest
+    miss is not tiny, the density is not to be trusted. Differentiable in the action and the net."""
+    # differs from the reference code: there the likelihood detaches its state, so that the KL has a wrong gradient
+    z, log_dets, miss = action, 0.0, torch.zeros_like(action[:, 0])
+    for t, t_next in reversed(times(obs, args)):
+        step, z_next = euler_step(net, obs, t, t_next), z
+        z = samplers.invert(step, z_next)
+        again, jacobian = samplers.with_jacobian(step, z)
+        log_dets = log_dets + torch.linalg.slogdet(jacobian).logabsdet
+        miss = torch.maximum(miss, (again - z_next).detach().abs().amax(-1))
+    return log_normal(z) - log_dets, miss
 
 
 def policy_loss(
-    policy: nn.Module, behaviour: nn.Module, critic: Critic, obs: torch.Tensor, args: Args
-) -> tuple[torch.Tensor, dict]:
+    policy: nn.Module, behaviour: nn.Module, critic: Critic, obs: Tensor, args: Args
+) -> tuple[Tensor, dict]:
     """Eq. (14). Its gradient goes through every step of the sampler."""
-    action, log_pi, log_mu, error = kl_terms(policy, behaviour, obs, args)
-    q = critic.q(obs, action.clamp(-1, 1)).amin(0)  # (B,)
+    action, log_pi = sample_with_log_density(policy, obs, args)
+    log_mu, miss = log_density(behaviour, obs, action, args)
+    q = critic.q(obs, action.clamp(-1, 1)).amin(0)  # (B,); outside of [-1, 1] there is no Q, and the KL alone pulls
     loss = (-args.beta * q + log_pi - log_mu).mean()
-    kl = (log_pi - log_mu).detach().mean()
-    metrics = {"policy/q": q.detach().mean(), "policy/kl": kl, "policy/undone": error.amax()}
-    return loss, {"policy/loss": loss.detach(), **metrics}
+    kl, q = (log_pi - log_mu).detach().mean(), q.detach().mean()
+    return loss, {"policy/loss": loss.detach(), "policy/q": q, "policy/kl": kl, "policy/undo_error": miss.amax()}
 
 
-def act(policy: nn.Module, obs: torch.Tensor, args: Args) -> torch.Tensor:
+def act(policy: nn.Module, obs: Tensor, args: Args) -> Tensor:
     """Eq. (12): noise to actions, (B, O) -> (B, A) in [-1, 1]."""
-    x = args.act_noise * torch.randn(len(obs), policy.action_dim, device=obs.device)
-    return samplers.ode(lambda x, t: velocity(policy, x, t, obs, args.path), x, args.sampler_steps, **NODES).clamp(
-        -1, 1
-    )
+    z = args.act_noise * torch.randn(len(obs), policy.action_dim, device=obs.device)
+    for t, t_next in times(obs, args):
+        z = euler_step(policy, obs, t, t_next)(z)
+    return z.clamp(-1, 1)
 
 
 def load_net(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Args]:
     """The trained net of a run (its folder or checkpoint), and its arguments. Raises UserError if it can't be read."""
-    checkpoint = trained.load_checkpoint(path, "gmpg")
+    checkpoint = trained.load_checkpoint(path, NAME)
     args = trained.saved_args(checkpoint, Args)
     net = make_policy(*checkpoint["sizes"], args).to(device)
     net.load_state_dict(checkpoint["policy"])
@@ -416,17 +434,16 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 
 @torch.no_grad()
 def evaluate(actor: Callable, run: runs.Run, args: Args) -> dict:
-    """The scores of `actor`, (B, O) -> (B, A), over episodes with random numbers of their own: training goes on as if
-    there had been no evaluation."""
-    with torch.random.fork_rng():
-        torch.manual_seed(args.seed + run.step)
+    """The scores of `actor`, (B, O) -> (B, A), over args.eval_episodes episodes."""
+    with torch.random.fork_rng():  # training goes on as if there had been no evaluation
+        torch.manual_seed(args.seed + run.step)  # the step that `train` is at
         if args.env == "bandit":
             return evaluate_bandit(actor, run, args)
         return run.scores(actor) if args.eval_env else {}
 
 
 def evaluate_bandit(actor: Callable, run: runs.Run, args: Args) -> dict:
-    """The policy's actions against the closed form mu exp(beta Q) / Z."""
+    """The policy's actions against the closed form mu exp(beta Q) / Z; Q is the reward, and mu has all modes alike."""
     target = torch.softmax(args.beta * bandit.REWARDS, -1)
     metrics, figure = bandit.report(actor(torch.zeros(4096, 1, device=args.device)), target)
     run.picture("bandit", figure)
@@ -440,7 +457,7 @@ def cosine(step: int, steps: int) -> float:
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args, data = arguments.prepare(args, SETTINGS, "gmpg")
+    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards scaled; with --critic, critic_steps is 0
     torch.manual_seed(args.seed)
     critic = Critic(data.obs_dim, data.action_dim).to(args.device)
     behaviour = make_policy(data.obs_dim, data.action_dim, args).to(args.device)  # the model of mu
@@ -450,16 +467,16 @@ def train(args: Args) -> dict:
     if args.critic:
         trained.load_critic(critic, args)
 
-    adam = dict(fused=True, capturable=args.cudagraph)  # which also needs a changing learning rate to be a tensor
+    # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
+    adam = dict(fused=True, capturable=args.cudagraph)
     critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)
     behaviour_lr = torch.tensor(args.behaviour_lr, device=args.device)
     behaviour_optimizer = torch.optim.Adam(behaviour.parameters(), lr=behaviour_lr, **adam)
-    decay = lambda step: cosine(step, args.behaviour_steps)  # noqa: E731
-    behaviour_schedule = torch.optim.lr_scheduler.LambdaLR(behaviour_optimizer, decay)
+    behaviour_schedule = LambdaLR(behaviour_optimizer, partial(cosine, steps=args.behaviour_steps))
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.policy_lr, **adam)
-    critic_loss_fn, matching_loss_fn, policy_loss_fn, act_fn = (
-        torch.compile(f) if args.compile else f for f in (critic_loss, matching_loss, policy_loss, act)
-    )
+    compiled = torch.compile if args.compile else (lambda fn: fn)
+    critic_loss_fn, matching_loss_fn = compiled(critic_loss), compiled(matching_loss)
+    policy_loss_fn, act_fn = compiled(policy_loss), compiled(act)
 
     def critic_update() -> dict:
         loss, metrics = critic_loss_fn(critic, data.sample(args.batch_size), args)  # Eqs. (1), (2)
@@ -482,28 +499,27 @@ def train(args: Args) -> dict:
         loss, metrics = policy_loss_fn(policy, behaviour, critic, obs, args)  # Eq. (14)
         policy_optimizer.zero_grad()
         loss.backward(inputs=list(policy.parameters()))  # mu and Q are left as they are
-        # differs from the reference code: no clipping there; one sample near a fold of the sampler can ruin a run
+        # differs from the reference code: no clipping there; one sample with a huge gradient can ruin a run
         nn.utils.clip_grad_norm_(policy.parameters(), args.grad_norm)
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:
-        critic_update, behaviour_update, policy_update = map(
-            runs.captured, (critic_update, behaviour_update, policy_update)
-        )
+    if args.cudagraph:  # recorded when they are called, after `restore`
+        updates = critic_update, behaviour_update, policy_update
+        critic_update, behaviour_update, policy_update = map(runs.captured, updates)
     run = runs.Run(
-        args, "gmpg", data,
+        args, NAME, data,
         {"critic": args.critic_steps, "behaviour": args.behaviour_steps, "policy": args.policy_steps},
         critic=critic, behaviour=behaviour, policy=policy, critic_optimizer=critic_optimizer,
         behaviour_optimizer=behaviour_optimizer, behaviour_schedule=behaviour_schedule,
         policy_optimizer=policy_optimizer,
     )  # fmt: skip
     start = run.restore()
-    actor = lambda obs: act_fn(policy, obs, args)  # noqa: E731
+    actor = partial(act_fn, policy, args=args)  # (B, O) -> (B, A)
     if args.eval_only:
         return run.show(evaluate(actor, run, args), actor)
 
-    for step, phase in run.steps(start):
+    for step, phase in run.steps(start):  # all steps of a phase, then those of the next; step counts on, from 1
         if phase == "critic":
             metrics = critic_update()
         elif phase == "behaviour":
@@ -515,10 +531,10 @@ def train(args: Args) -> dict:
             metrics = policy_update()
             if step % args.eval_every == 0 or step == run.total:
                 metrics |= evaluate(actor, run, args)
-        run.log(step, metrics)
-        run.save(step)
-    return run.finish(actor)
+        run.log(step, metrics)  # every log_every steps; stops the run at NaN
+        run.save(step)  # every save_every steps
+    return run.finish(actor)  # which plays once more with --video
 
 
 if __name__ == "__main__":
-    arguments.main("gmpg", train, Args, SETTINGS)
+    arguments.main(NAME, train, Args, SETTINGS)

@@ -15,7 +15,7 @@ pi*(a|s) = mu(a|s) exp(beta (Q(s, a) - V(s))) / Z(s). GMPO fits a generative mod
 the data in the model's ordinary training loss. In order:
 
   critic (IQL, arXiv:2110.06169)
-    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f asymmetric: V is the value of a policy better than mu
+    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f(u) = |tau - 1[u < 0]| u^2 punishes a V that is too low
     (2)  L_Q = E_D[ sum_i (r + gamma (1 - d) V(s') - Q_i(s, a))^2 ]
     (3)  Q' <- (1 - target_rate) Q' + target_rate Q          the target critic follows slowly
   generative model of actions; time runs from t = 0, the action, to t = 1, the noise eps ~ N(0, I)
@@ -29,7 +29,7 @@ the data in the model's ordinary training loss. In order:
 
 B is the batch, O the size of an observation, A of an action, K the sampled actions of a state. Equations have the same
 number in every file. This file can be read alone. After it, `diff gmpo.py gmpg.py` shows a policy gradient in the place
-of section 5, and `diff gmpo.py idql.py` the critic's weights at acting time.
+of section 5, and `diff gmpo.py idql.py` shows the critic's weights applied when acting, not in training.
 """
 
 import copy
@@ -43,12 +43,16 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from common import arguments, bandit, datasets, runs, samplers, trained
 from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 
+NAME = "gmpo"
+
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments (those of every run, --env and --seed among them, are in common/arguments.py)
+# 1. Arguments; RunArgs has --env, --seed, ... . Amount, Steps: >= 0; Count: >= 1; Share: in [0, 1]; Inside: in (0, 1)
 
 
 @dataclass
@@ -67,15 +71,15 @@ class Args(RunArgs):
     """share of the new weights in Eq. (3)"""
 
     path: Literal["vp", "gvp", "icfm"] = "gvp"
-    """Eq. (4): vp variance-preserving diffusion (predicts noise); gvp trigonometric, icfm straight line (velocity)"""
+    """Eq. (4): vp variance-preserving diffusion, gvp trigonometric path, icfm straight line"""
     network: Literal["mlp", "paper"] | None = None
     """paper: the U-shaped net of the reference code, the state through 32 numbers; mlp: the state beside the action"""
     solver: Literal["dpmpp", "ddim", "sde", "euler", "midpoint", "rk4"] = "dpmpp"
     """how Eq. (6) is integrated; dpmpp is DPM-Solver++(2M), the others need more steps than its 10"""
     sampler_steps: Count | None = None
-    """steps of the solver"""
+    """steps of the sampler"""
     act_noise: Amount = 1.0
-    """scale of the noise that actions start from when the policy acts: 1 samples it, 0 takes its most typical action"""
+    """scale of the noise that actions start from: 1 samples the policy, 0 starts at the noise's mean"""
 
     behaviour: Path | None = None
     """a run with --beta 0 --critic-steps 0 (its folder), a model of mu: Eq. (9) takes the place of Eq. (8)"""
@@ -95,7 +99,11 @@ class Args(RunArgs):
     """transitions a gradient step"""
 
 
-# What an argument that is None becomes: the entry of the dataset's name (or of its family, "own data", ...), over "*".
+# differs from the paper: on data that are not D4RL's the net is a plain MLP, an eleventh of the size of the paper's
+OURS = dict(batch_size=256, policy_lr=1e-3, lr_decay=True, normalize_obs=True, network="mlp")
+
+# What an argument that is None becomes: what "*" says, unless the entry that fits --env best says otherwise: its name,
+# else its kind ("own data": a file; "remade", "maze2d-remade": made on the spot), else its family (antmaze).
 SETTINGS = {
     # The reference code's, its epochs turned into steps at its batch of 4096; sampler_steps and eval_every are ours.
     "*": dict(
@@ -113,24 +121,22 @@ SETTINGS = {
     "walker2d-medium-expert-v2": dict(critic_steps=976_000, policy_steps=4_880_000, beta=1.0),
     "walker2d-medium-replay-v2": dict(critic_steps=370_000, policy_steps=740_000, beta=8.0, weight_max=10_000.0),
     "antmaze-umaze-v0": dict(critic_steps=2_440_000, policy_steps=2_440_000, expectile=0.9, beta=8.0),
-    "antmaze-umaze-diverse-v0": dict(critic_steps=2_440_000, policy_steps=4_880_000, expectile=0.9, beta=16.0),
-    "antmaze-medium-play-v0": dict(critic_steps=2_440_000, policy_steps=4_880_000, expectile=0.9, beta=12.0),
-    "antmaze-medium-diverse-v0": dict(critic_steps=2_440_000, policy_steps=4_880_000, expectile=0.9, beta=12.0),
-    "antmaze-large-play-v0": dict(critic_steps=2_440_000, policy_steps=4_880_000, expectile=0.9, beta=16.0),
-    "antmaze-large-diverse-v0": dict(critic_steps=2_440_000, policy_steps=4_880_000, expectile=0.9, beta=4.0),
+    **{
+        f"antmaze-{maze}-v0": dict(critic_steps=2_440_000, policy_steps=4_880_000, expectile=0.9, beta=beta)
+        for maze, beta in (("umaze-diverse", 16.0), ("medium-play", 12.0), ("medium-diverse", 12.0),
+                           ("large-play", 16.0), ("large-diverse", 4.0))
+    },
+    **{family: dict(beta=0.5) for family in ("kitchen", "pen", "hammer", "door", "relocate")},  # IQL's, for want of one
+    "antmaze": dict(expectile=0.9, beta=10.0),
     # Ours: budgets of minutes, chosen by trying.
-    "halfcheetah-demo": dict(
-        critic_steps=15_000, policy_steps=10_000, batch_size=256, policy_lr=1e-3,
-        lr_decay=True, beta=1.0, normalize_obs=True, network="mlp", eval_every=2_500,
+    "halfcheetah-demo": OURS | dict(critic_steps=15_000, policy_steps=10_000, beta=1.0, eval_every=2_500),
+    "bandit": OURS | dict(
+        critic_lr=1e-3, critic_steps=1_500, policy_steps=8_000, batch_size=128, policy_lr=6e-3, beta=2.0,
+        normalize_obs=False, sampler_steps=32, eval_every=2_000,
     ),
-    "bandit": dict(
-        critic_lr=1e-3, critic_steps=1_500, policy_steps=8_000, batch_size=128, policy_lr=6e-3,
-        lr_decay=True, beta=2.0, network="mlp", sampler_steps=32, eval_every=2_000,
-    ),
-    "own data": dict(
-        critic_steps=100_000, policy_steps=100_000, batch_size=256, policy_lr=3e-4,
-        lr_decay=True, beta=0.3, normalize_obs=True, network="mlp", eval_every=10_000,
-    ),
+    "maze2d-remade": OURS | dict(critic_steps=100_000, policy_steps=50_000, beta=3.0, eval_every=10_000),
+    "remade": OURS | dict(critic_steps=200_000, policy_steps=100_000, beta=1.0, eval_every=20_000),
+    "own data": OURS | dict(critic_steps=100_000, policy_steps=100_000, policy_lr=3e-4, beta=0.3, eval_every=10_000),
 }  # fmt: skip
 
 
@@ -146,12 +152,12 @@ class Normalize(nn.Module):
         self.register_buffer("mean", torch.zeros(obs_dim))
         self.register_buffer("std", torch.ones(obs_dim))
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor) -> Tensor:
         return (obs - self.mean) / self.std
 
 
-def fit_normalizers(obs: torch.Tensor, *networks: nn.Module) -> None:
-    """Let every Normalize in these networks standardise observations like `obs`, (N, O)."""
+def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
+    """Let every Normalize in these networks standardise by the mean and std of `obs`, all the data's."""
     for module in (module for network in networks for module in network.modules()):
         if isinstance(module, Normalize):
             module.mean.copy_(obs.mean(0))
@@ -179,7 +185,7 @@ class TwinQ(nn.Module):
         self.normalize = Normalize(obs_dim)
         self.q1, self.q2 = mlp(obs_dim + action_dim, 256, 256, 1), mlp(obs_dim + action_dim, 256, 256, 1)
 
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([self.normalize(obs), action], -1)
         return torch.stack([self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)])
 
@@ -191,27 +197,22 @@ class Value(nn.Module):
         super().__init__()
         self.normalize, self.net = Normalize(obs_dim), mlp(obs_dim, 256, 256, 1)
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor) -> Tensor:
         return self.net(self.normalize(obs)).squeeze(-1)
 
 
 class StateMLP(nn.Module):
     """net(x_t, t, s), the state beside the noisy action: (B, A), (B,), (B, O) -> (B, A)."""
 
-    # differs from the paper: on data that are not D4RL's the net is this one, an eleventh of the size of the paper's
-
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
         self.normalize, self.action_dim = Normalize(obs_dim), action_dim
         self.register_buffer("frequencies", math.pi * torch.arange(1, 9))
-        self.net = nn.Sequential(
-            nn.Linear(action_dim + 16 + obs_dim, 256), nn.SiLU(),
-            nn.Linear(256, 256), nn.SiLU(),
-            nn.Linear(256, 256), nn.SiLU(),
-            nn.Linear(256, action_dim),
-        )  # fmt: skip
+        first, last = nn.Linear(action_dim + 16 + obs_dim, 256), nn.Linear(256, action_dim)
+        between = [nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU()]
+        self.net = nn.Sequential(first, *between, last)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, t: Tensor, obs: Tensor) -> Tensor:
         angle = t[:, None] * self.frequencies  # (B, 8)
         return self.net(torch.cat([x, angle.cos(), angle.sin(), self.normalize(obs)], -1))
 
@@ -225,7 +226,7 @@ class PaperBlock(nn.Module):
         self.embedding = nn.Linear(128, size_out)
         self.skip = nn.Linear(size_in, size_out) if size_in != size_out else nn.Identity()
 
-    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = F.silu(self.first(x)) + self.embedding(F.silu(embedding))
         return F.silu(self.second(h)) + self.skip(x)
 
@@ -244,7 +245,7 @@ class PaperNet(nn.Module):
         self.up = nn.ModuleList([PaperBlock(256, 256), PaperBlock(512, 512)])
         self.head = nn.Linear(1024, action_dim)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, t: Tensor, obs: Tensor) -> Tensor:
         angle = t[:, None] * self.frequencies  # (B, 16)
         embedding = self.embed(torch.cat([angle.sin(), angle.cos(), F.silu(self.condition(self.normalize(obs)))], -1))
         skips = []
@@ -268,7 +269,7 @@ def make_policy(obs_dim: int, action_dim: int, args: Args) -> nn.Module:
 PREDICTS = {"vp": "noise", "gvp": "velocity", "icfm": "velocity"}
 
 
-def alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+def alpha_sigma(t: Tensor, path: str) -> tuple[Tensor, Tensor]:
     """alpha_t and sigma_t of Eq. (4), of t's shape."""
     if path == "vp":  # beta_t = 0.1 + 19.9 t and alpha_t = exp(-1/2 int_0^t beta)
         log_alpha = -19.9 / 4 * t**2 - 0.1 / 2 * t
@@ -278,7 +279,7 @@ def alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]
     return 1 - t, t
 
 
-def d_alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+def d_alpha_sigma(t: Tensor, path: str) -> tuple[Tensor, Tensor]:
     """Their derivatives by t; sigma'_t of vp is infinite at t = 0."""
     alpha, sigma = alpha_sigma(t, path)
     if path == "vp":
@@ -290,7 +291,7 @@ def d_alpha_sigma(t: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tenso
     return -torch.ones_like(t), torch.ones_like(t)
 
 
-def matching_loss(net: nn.Module, obs: torch.Tensor, action: torch.Tensor, args: Args) -> torch.Tensor:
+def matching_loss(net: nn.Module, obs: Tensor, action: Tensor, args: Args) -> Tensor:
     """Eq. (5) of each sample, summed over action dimensions: (B, O), (B, A) -> (B,)."""
     # differs from the reference code: there icfm adds noise of 0.1 to x_t, which blurs the learnt actions by as much
     eps = torch.randn_like(action)
@@ -302,18 +303,17 @@ def matching_loss(net: nn.Module, obs: torch.Tensor, action: torch.Tensor, args:
     return 0.5 * (net(x, t, obs) - target).square().sum(-1)  # Eq. (5)
 
 
-def velocity(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor, path: str) -> torch.Tensor:
+def velocity(net: nn.Module, x: Tensor, t: Tensor, obs: Tensor, path: str) -> Tensor:
     """dx/dt of Eq. (6), towards the noise: (B, A), (), (B, O) -> (B, A)."""
     out = net(x, t.expand(len(x)), obs)
     if PREDICTS[path] == "velocity":
         return out
-    t = t.clamp(min=1e-3)  # 1 / sigma_t is infinite at t = 0
-    alpha, sigma = alpha_sigma(t, path)
-    d_alpha, _ = d_alpha_sigma(t, path)
-    return d_alpha / alpha * (x - out / sigma)  # alpha' a + sigma' eps, with a = (x - sigma eps) / alpha
+    t = t.clamp(min=1e-3)  # sigma'_t of vp is infinite at t = 0
+    (alpha, sigma), (d_alpha, d_sigma) = alpha_sigma(t, path), d_alpha_sigma(t, path)
+    return d_alpha * (x - sigma * out) / alpha + d_sigma * out  # alpha' a + sigma' eps
 
 
-def noise_prediction(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor, path: str) -> torch.Tensor:
+def noise_prediction(net: nn.Module, x: Tensor, t: Tensor, obs: Tensor, path: str) -> Tensor:
     """The eps that the net sees in x: (B, A), (), (B, O) -> (B, A)."""
     out = net(x, t.expand(len(x)), obs)
     if PREDICTS[path] == "noise":
@@ -323,7 +323,7 @@ def noise_prediction(net: nn.Module, x: torch.Tensor, t: torch.Tensor, obs: torc
     return (alpha * out - d_alpha * x) / (alpha * d_sigma - d_alpha * sigma)
 
 
-def sample(net: nn.Module, obs: torch.Tensor, args: Args, noise_scale: float = 1.0) -> torch.Tensor:
+def sample(net: nn.Module, obs: Tensor, args: Args, noise_scale: float = 1.0) -> Tensor:
     """Eq. (6): noise to actions, (B, O) -> (B, A), not clipped."""
     # differs from the paper: DPM-Solver++(2M) with 10 steps, short near the action, for Euler with 31 even ones
     x = noise_scale * torch.randn(len(obs), net.action_dim, device=obs.device)
@@ -347,13 +347,14 @@ class Critic(nn.Module):
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
 
 
-def f(u: torch.Tensor, args: Args) -> torch.Tensor:
-    """The expectile loss of Eq. (1), elementwise at u = Q - V."""
+def f(u: Tensor, args: Args) -> Tensor:
+    """|tau - 1[u < 0]| u^2, the expectile loss of Eq. (1), elementwise at u = Q - V."""
     return torch.where(u > 0, args.expectile, 1 - args.expectile) * u.square()
 
 
-def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
-    """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. Rewards are scaled by the dataset."""
+def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tensor, dict]:
+    """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. The batch's rewards are scaled already,
+    and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
         q_slow = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
         # differs from IQL's and IDQL's code: V as it is before its own step, as in GMPO's code; theirs is after it
@@ -373,7 +374,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 
 
 @torch.no_grad()
-def advantages(critic: Critic, data: datasets.Dataset) -> torch.Tensor:
+def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
@@ -383,19 +384,17 @@ def advantages(critic: Critic, data: datasets.Dataset) -> torch.Tensor:
 # 5. The policy
 
 
-def weights(advantage: torch.Tensor, args: Args) -> torch.Tensor:
+def weights(advantage: Tensor, args: Args) -> Tensor:
     """Eq. (7), elementwise."""
     return torch.exp(args.beta * advantage).clamp(max=args.weight_max)
 
 
-def effective_share(weight: torch.Tensor) -> torch.Tensor:
+def effective_share(weight: Tensor) -> Tensor:
     """(sum w)^2 / (n sum w^2): the share of the samples that count, 1 if all weigh the same."""
     return weight.sum().square() / (weight.numel() * weight.square().sum())
 
 
-def policy_loss(
-    policy: nn.Module, batch: datasets.Batch, weight: torch.Tensor, args: Args
-) -> tuple[torch.Tensor, dict]:
+def policy_loss(policy: nn.Module, batch: datasets.Batch, weight: Tensor, args: Args) -> tuple[Tensor, dict]:
     """Eq. (8). `weight` is that of the batch's actions, (B,)."""
     loss = (weight * matching_loss(policy, batch.obs, batch.action, args)).mean()
     clipped = (weight >= args.weight_max).float().mean()
@@ -404,27 +403,27 @@ def policy_loss(
 
 
 def sampled_policy_loss(
-    policy: nn.Module, behaviour: nn.Module, critic: Critic, obs: torch.Tensor, args: Args
-) -> tuple[torch.Tensor, dict]:
-    """Eq. (9): (B, O) -> the loss."""
+    policy: nn.Module, behaviour: tuple[nn.Module, Args], critic: Critic, obs: Tensor, args: Args
+) -> tuple[Tensor, dict]:
+    """Eq. (9). `behaviour` is a model of mu and its own arguments, from `load_net`."""
     # differs from the reference code: there the samples of different states are mixed up, and Eq. (9) crashes
     with torch.no_grad():
         repeated = obs.repeat_interleave(args.candidates, 0)  # (B K, O), the K rows of a state side by side
-        action = sample(behaviour, repeated, args).clamp(-1, 1)  # (B K, A)
+        action = sample(behaviour[0], repeated, behaviour[1]).clamp(-1, 1)  # (B K, A)
         q = critic.q(repeated, action).amin(0).view(-1, args.candidates)  # (B, K)
         weight = torch.softmax(args.beta * q, -1).flatten()  # (B K,)
     loss = (weight * matching_loss(policy, repeated, action, args)).sum() / len(obs)
     return loss, {"policy/loss": loss.detach(), "policy/ess": effective_share(weight)}
 
 
-def act(policy: nn.Module, obs: torch.Tensor, args: Args) -> torch.Tensor:
+def act(policy: nn.Module, obs: Tensor, args: Args) -> Tensor:
     """(B, O) -> (B, A) in [-1, 1]."""
     return sample(policy, obs, args, args.act_noise).clamp(-1, 1)
 
 
 def load_net(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Args]:
     """The trained net of a run (its folder or checkpoint), and its arguments. Raises UserError if it can't be read."""
-    checkpoint = trained.load_checkpoint(path, "gmpo")
+    checkpoint = trained.load_checkpoint(path, NAME)
     args = trained.saved_args(checkpoint, Args)
     net = make_policy(*checkpoint["sizes"], args).to(device)
     net.load_state_dict(checkpoint["policy"])
@@ -446,17 +445,16 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 
 @torch.no_grad()
 def evaluate(actor: Callable, run: runs.Run, args: Args) -> dict:
-    """The scores of `actor`, (B, O) -> (B, A), over episodes with random numbers of their own: training goes on as if
-    there had been no evaluation."""
-    with torch.random.fork_rng():
-        torch.manual_seed(args.seed + run.step)
+    """The scores of `actor`, (B, O) -> (B, A), over args.eval_episodes episodes."""
+    with torch.random.fork_rng():  # training goes on as if there had been no evaluation
+        torch.manual_seed(args.seed + run.step)  # the step that `train` is at
         if args.env == "bandit":
             return evaluate_bandit(actor, run, args)
         return run.scores(actor) if args.eval_env else {}
 
 
 def evaluate_bandit(actor: Callable, run: runs.Run, args: Args) -> dict:
-    """The policy's actions against the closed form mu exp(beta Q) / Z."""
+    """The policy's actions against the closed form mu exp(beta Q) / Z; Q is the reward, and mu has all modes alike."""
     target = torch.softmax(args.beta * bandit.REWARDS, -1)
     metrics, figure = bandit.report(actor(torch.zeros(4096, 1, device=args.device)), target)
     run.picture("bandit", figure)
@@ -470,7 +468,7 @@ def cosine(step: int, steps: int) -> float:
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args, data = arguments.prepare(args, SETTINGS, "gmpo")
+    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards scaled; with --critic, critic_steps is 0
     torch.manual_seed(args.seed)
     critic = Critic(data.obs_dim, data.action_dim).to(args.device)
     policy = make_policy(data.obs_dim, data.action_dim, args).to(args.device)
@@ -478,17 +476,16 @@ def train(args: Args) -> dict:
         fit_normalizers(data.obs, critic, policy)
     if args.critic:
         trained.load_critic(critic, args)
-    behaviour = load_net(args.behaviour, args.device)[0] if args.behaviour else None  # the model of mu of Eq. (9)
+    behaviour = load_net(args.behaviour, args.device) if args.behaviour else None  # the model of mu of Eq. (9)
 
-    adam = dict(fused=True, capturable=args.cudagraph)  # which also needs a changing learning rate to be a tensor
+    # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
+    adam = dict(fused=True, capturable=args.cudagraph)
     critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)
     policy_lr = torch.tensor(args.policy_lr, device=args.device)
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=policy_lr, **adam)
-    decay = lambda step: cosine(step, args.policy_steps) if args.lr_decay else 1.0  # noqa: E731
-    policy_schedule = torch.optim.lr_scheduler.LambdaLR(policy_optimizer, decay)
-    critic_loss_fn, policy_loss_fn, act_fn = (
-        torch.compile(function) if args.compile else function for function in (critic_loss, policy_loss, act)
-    )
+    policy_schedule = LambdaLR(policy_optimizer, partial(cosine, steps=args.policy_steps))
+    compiled = torch.compile if args.compile else (lambda fn: fn)
+    critic_loss_fn, policy_loss_fn, act_fn = map(compiled, (critic_loss, policy_loss, act))
 
     def critic_update() -> dict:
         loss, metrics = critic_loss_fn(critic, data.sample(args.batch_size), args)  # Eqs. (1), (2)
@@ -497,6 +494,8 @@ def train(args: Args) -> dict:
         critic_optimizer.step()
         update_target(critic.target_q, critic.q, args.target_rate)  # Eq. (3)
         return metrics
+
+    weight = None  # of every transition, (N,): set below, when the critic's steps are done
 
     def policy_update() -> dict:
         index = torch.randint(len(data), (args.batch_size,), device=args.device)
@@ -509,31 +508,32 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:
+    if args.cudagraph:  # recorded when they are called, after `restore`
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     run = runs.Run(
-        args, "gmpo", data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,
+        args, NAME, data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,
         critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer, policy_schedule=policy_schedule,
     )  # fmt: skip
-    start, weight = run.restore(), None
-    actor = lambda obs: act_fn(policy, obs, args)  # noqa: E731
+    start = run.restore()
+    actor = partial(act_fn, policy, args=args)  # (B, O) -> (B, A)
     if args.eval_only:
         return run.show(evaluate(actor, run, args), actor)
 
-    for step, phase in run.steps(start):
+    for step, phase in run.steps(start):  # all steps of a phase, then those of the next; step counts on, from 1
         if phase == "critic":
             metrics = critic_update()
         else:
             if weight is None:
-                weight = weights(advantages(critic, data), args)  # (N,), once: the critic is trained by now
+                weight = weights(advantages(critic, data), args)
             metrics = policy_update()
-            policy_schedule.step()
+            if args.lr_decay:
+                policy_schedule.step()
             if step % args.eval_every == 0 or step == run.total:
                 metrics |= evaluate(actor, run, args)
-        run.log(step, metrics)
-        run.save(step)
-    return run.finish(actor)
+        run.log(step, metrics)  # every log_every steps; stops the run at NaN
+        run.save(step)  # every save_every steps
+    return run.finish(actor)  # which plays once more with --video
 
 
 if __name__ == "__main__":
-    arguments.main("gmpo", train, Args, SETTINGS)
+    arguments.main(NAME, train, Args, SETTINGS)

@@ -3,20 +3,17 @@
     python iql_critic.py                                         halfcheetah-demo, made on the spot, minutes on a laptop
     python iql_critic.py --env bandit                            a problem with a known answer, seconds
     python iql_critic.py --env halfcheetah-medium-expert-v2      D4RL's data, physics and score
-    python iql_critic.py --critic-loss exponential               another f in Eq. (1)
     python gmpo.py --critic runs/halfcheetah-demo/iql_critic/seed0   the other files take this critic
 
-Papers: Kostrikov et al., "Offline Reinforcement Learning with Implicit Q-Learning", arXiv:2110.06169 (IQL: this file,
-by default); Hansen-Estruch et al., "IDQL: Implicit Q-Learning as an Actor-Critic Method with Diffusion Policies",
-arXiv:2304.10573 (any convex f).
+Papers: Kostrikov et al., "Offline Reinforcement Learning with Implicit Q-Learning", arXiv:2110.06169 (IQL: the file's
+defaults); Hansen-Estruch et al., "IDQL: ...", arXiv:2304.10573 (any convex f).
 
 Offline RL: D holds transitions (s, a, r, s', d) of an unknown behaviour policy mu(a|s), and nothing more is ever
 collected. A critic that is asked what an action outside the data is worth invents an answer. IQL never asks: V is
-fitted to Q at the data's actions, by an asymmetric loss, so that it becomes the value of a policy better than mu. In
-order:
+fitted to Q at the data's actions, by an asymmetric loss, so that it becomes the value of a policy better than mu.
 
   critic
-    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f asymmetric: V is the value of a policy better than mu
+    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f(u) = |tau - 1[u < 0]| u^2 punishes a V that is too low
     (2)  L_Q = E_D[ sum_i (r + gamma (1 - d) V(s') - Q_i(s, a))^2 ]
     (3)  Q' <- (1 - target_rate) Q' + target_rate Q          the target critic follows slowly
   policy
@@ -26,31 +23,33 @@ order:
     (11) pi(a|s) = mu(a|s) w(s, a) / Z(s), w = |f'(Q - V)| / |Q - V|
 
 B is the batch, O the size of an observation, A of an action. Equations have the same number in every file. A Gaussian
-is the yardstick: on `--env bandit` it fails, and the picture shows why. Read gmpo.py next: `diff iql_critic.py
-gmpo.py` puts a generative model in its place.
+fails on `--env bandit`, as its picture shows; gmpo.py, to be read next, has a generative model in its place.
 """
 
 import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn as nn
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from common import arguments, bandit, datasets, runs, trained
 from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 
+NAME = "iql_critic"
+
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments (those of every run, --env and --seed among them, are in common/arguments.py)
+# 1. Arguments; RunArgs has --env, --seed, ... . Amount, Steps: >= 0; Count: >= 1; Share: in [0, 1]; Inside: in (0, 1)
 
 
 @dataclass
 class Args(RunArgs):
-    critic: Path | None = None
-    """another run (its folder) whose critic is taken as it is, instead of training one"""
     critic_steps: Steps | None = None
     """gradient steps of the critic"""
     critic_lr: Amount | None = None
@@ -58,7 +57,7 @@ class Args(RunArgs):
     critic_loss: Literal["expectile", "quantile", "exponential"] = "expectile"
     """f of Eq. (1)"""
     expectile: Inside | None = None
-    """tau of the expectile and the quantile loss: 0.5 is the mean or median, towards 1 V becomes the best action's"""
+    """tau of Eq. (1): 0.5 is the mean over the data's actions, towards 1 it becomes the best of them"""
     linex_alpha: Amount = 1.0
     """alpha of the exponential loss, on the scale of the scaled rewards"""
     linex_max: Count = 6
@@ -84,10 +83,10 @@ class Args(RunArgs):
     """transitions a gradient step"""
 
 
-# What an argument that is None becomes: the entry of the dataset's name (or of its family, "own data", ...), over "*".
+# What an argument that is None becomes: what "*" says, unless the entry that fits --env best says otherwise: its name,
+# else its kind ("own data": a file; "remade", "maze2d-remade": made on the spot), else its family (antmaze).
 SETTINGS = {
-    # IQL's own.
-    "*": dict(
+    "*": dict(  # IQL's own
         critic_lr=3e-4, critic_steps=1_000_000, policy_steps=1_000_000, policy_lr=3e-4, lr_decay=True,
         expectile=0.7, beta=3.0, dropout=0.0, normalize_obs=False, eval_every=50_000,
     ),
@@ -96,6 +95,8 @@ SETTINGS = {
     # Ours: budgets of minutes, chosen by trying.
     "halfcheetah-demo": dict(critic_steps=15_000, policy_steps=15_000, beta=1.0, normalize_obs=True, eval_every=5_000),
     "bandit": dict(critic_lr=1e-3, critic_steps=1_500, policy_steps=1_500, policy_lr=1e-3, beta=2.0, eval_every=500),
+    "maze2d-remade": dict(critic_steps=100_000, policy_steps=100_000, normalize_obs=True, eval_every=20_000),
+    "remade": dict(critic_steps=200_000, policy_steps=200_000, normalize_obs=True, eval_every=20_000),
     "own data": dict(critic_steps=100_000, policy_steps=100_000, beta=0.3, normalize_obs=True, eval_every=10_000),
 }  # fmt: skip
 
@@ -112,12 +113,12 @@ class Normalize(nn.Module):
         self.register_buffer("mean", torch.zeros(obs_dim))
         self.register_buffer("std", torch.ones(obs_dim))
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor) -> Tensor:
         return (obs - self.mean) / self.std
 
 
-def fit_normalizers(obs: torch.Tensor, *networks: nn.Module) -> None:
-    """Let every Normalize in these networks standardise observations like `obs`, (N, O)."""
+def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
+    """Let every Normalize in these networks standardise by the mean and std of `obs`, all the data's."""
     for module in (module for network in networks for module in network.modules()):
         if isinstance(module, Normalize):
             module.mean.copy_(obs.mean(0))
@@ -145,7 +146,7 @@ class TwinQ(nn.Module):
         self.normalize = Normalize(obs_dim)
         self.q1, self.q2 = mlp(obs_dim + action_dim, 256, 256, 1), mlp(obs_dim + action_dim, 256, 256, 1)
 
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([self.normalize(obs), action], -1)
         return torch.stack([self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)])
 
@@ -157,11 +158,11 @@ class Value(nn.Module):
         super().__init__()
         self.normalize, self.net = Normalize(obs_dim), mlp(obs_dim, 256, 256, 1)
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor) -> Tensor:
         return self.net(self.normalize(obs)).squeeze(-1)
 
 
-class GaussianActor(nn.Module):
+class GaussianPolicy(nn.Module):
     """The mean tanh(m(s)) and a standard deviation that does not depend on the state: (B, O) -> N of (B, A)."""
 
     def __init__(self, obs_dim: int, action_dim: int, dropout: float):
@@ -170,14 +171,14 @@ class GaussianActor(nn.Module):
         first, relu, second, relu, last = mlp(obs_dim, 256, 256, action_dim)
         self.net = nn.Sequential(first, relu, nn.Dropout(dropout), second, relu, nn.Dropout(dropout), last)
 
-    def forward(self, obs: torch.Tensor) -> torch.distributions.Normal:
+    def forward(self, obs: Tensor) -> torch.distributions.Normal:
         # not a squashed Gaussian: tanh is inside the mean, samples may leave [-1, 1]
         mean = torch.tanh(self.net(self.normalize(obs)))
         return torch.distributions.Normal(mean, self.log_std.clamp(-5, 2).exp(), validate_args=False)
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 4. The critic
+# 4. The critic (section 3 of the other files is their generative model)
 
 
 class Critic(nn.Module):
@@ -189,7 +190,7 @@ class Critic(nn.Module):
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
 
 
-def f(u: torch.Tensor, args: Args) -> torch.Tensor:
+def f(u: Tensor, args: Args) -> Tensor:
     """The asymmetric loss of Eq. (1), elementwise, at u = Q - V."""
     if args.critic_loss == "exponential":  # exp(alpha u) - alpha u, its exponential continued linearly above linex_max
         x = args.linex_alpha * u
@@ -199,8 +200,9 @@ def f(u: torch.Tensor, args: Args) -> torch.Tensor:
     return share * u.square() if args.critic_loss == "expectile" else share * u.abs()
 
 
-def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
-    """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. Rewards are scaled by the dataset."""
+def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tensor, dict]:
+    """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. The batch's rewards are scaled already,
+    and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
         q_slow = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
         # differs from IQL's and IDQL's code: V as it is before its own step, as in GMPO's code; theirs is after it
@@ -220,18 +222,18 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 
 
 @torch.no_grad()
-def advantages(critic: Critic, data: datasets.Dataset) -> torch.Tensor:
+def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
 
-def implicit_weights(u: torch.Tensor, args: Args, floor: float = 1e-3) -> torch.Tensor:
+def implicit_weights(u: Tensor, args: Args, floor: float = 1e-3) -> Tensor:
     """Eq. (11), elementwise at u = Q - V, up to a factor: the closed forms of |f'(u)| / |u|, finite at u = 0."""
     share = torch.where(u > 0, args.expectile, 1 - args.expectile)
     if args.critic_loss == "expectile":
         return share
-    # differs from the authors' code: its quantile weight is negative where Q < V, its exponential weight a constant
+    # differs from IDQL's code: its quantile weight is negative where Q < V, its exponential weight a constant
     if args.critic_loss == "quantile":
         return share / u.abs().clamp(min=floor)  # singular at u = 0
     x = args.linex_alpha * u
@@ -240,8 +242,8 @@ def implicit_weights(u: torch.Tensor, args: Args, floor: float = 1e-3) -> torch.
     return torch.where(small, 1.0, torch.expm1(x.clamp(max=math.log(args.linex_max))) / x)
 
 
-def implicit_target(args: Args) -> torch.Tensor:
-    """Eq. (11) in closed form on the bandit, whose modes are equally frequent: (8,)."""
+def implicit_target(args: Args) -> Tensor:
+    """Eq. (11) in closed form on the bandit: one state, eight actions alike in the data, rewards from 0 to 1: (8,)."""
     values = torch.linspace(0, 1, 100_001)
     optimal_v = values[f(bandit.REWARDS[:, None] - values, args).mean(0).argmin()]  # Eq. (1) at its minimum
     weight = implicit_weights(bandit.REWARDS - optimal_v, args)
@@ -252,30 +254,30 @@ def implicit_target(args: Args) -> torch.Tensor:
 # 5. The policy
 
 
-def weights(advantage: torch.Tensor, args: Args) -> torch.Tensor:
+def weights(advantage: Tensor, args: Args) -> Tensor:
     """Eq. (7), elementwise."""
     return torch.exp(args.beta * advantage).clamp(max=args.weight_max)
 
 
-def effective_share(weight: torch.Tensor) -> torch.Tensor:
+def effective_share(weight: Tensor) -> Tensor:
     """(sum w)^2 / (n sum w^2): the share of the samples that count, 1 if all weigh the same."""
     return weight.sum().square() / (weight.numel() * weight.square().sum())
 
 
-def policy_loss(actor: GaussianActor, critic: Critic, batch: datasets.Batch, args: Args) -> tuple[torch.Tensor, dict]:
+def policy_loss(policy: GaussianPolicy, critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tensor, dict]:
     """Eq. (10)."""
     with torch.no_grad():
-        advantage = critic.target_q(batch.obs, batch.action).amin(0) - critic.v(batch.obs)
+        advantage = critic.target_q(batch.obs, batch.action).amin(0) - critic.v(batch.obs)  # Q' for Q, as in IQL
         weight = weights(advantage, args)  # (B,)
-    loss = -(weight * actor(batch.obs).log_prob(batch.action).sum(-1)).mean()
+    loss = -(weight * policy(batch.obs).log_prob(batch.action).sum(-1)).mean()
     clipped = (weight >= args.weight_max).float().mean()
     metrics = {"policy/weight": weight.mean(), "policy/clipped": clipped, "policy/ess": effective_share(weight)}
     return loss, {"policy/loss": loss.detach(), **metrics}
 
 
-def act(policy: GaussianActor, obs: torch.Tensor) -> torch.Tensor:
+def act(policy: GaussianPolicy, obs: Tensor) -> Tensor:
     """The mean action, as IQL is evaluated: (B, O) -> (B, A) in [-1, 1]."""
-    return policy(obs).mean
+    return policy.eval()(obs).mean
 
 
 def load_policy(path: str | Path, device: str = "cpu") -> Callable:
@@ -283,9 +285,9 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 
     Raises UserError if the run (its folder, or checkpoint.pt) can't be read.
     """
-    checkpoint = trained.load_checkpoint(path, "iql_critic")
+    checkpoint = trained.load_checkpoint(path, NAME)
     args, sizes = trained.saved_args(checkpoint, Args), checkpoint["sizes"]
-    policy = GaussianActor(*sizes, args.dropout).to(device).eval()
+    policy = GaussianPolicy(*sizes, args.dropout).to(device).eval()
     policy.load_state_dict(checkpoint["policy"])
     return trained.numpy_or_torch(lambda obs: act(policy, obs), sizes[0], device)
 
@@ -295,24 +297,19 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 
 
 @torch.no_grad()
-def evaluate(actor: Callable, critic: Critic, policy: GaussianActor, run: runs.Run, args: Args) -> dict:
-    """The scores of `actor`, (B, O) -> (B, A), over episodes with random numbers of their own: training goes on as if
-    there had been no evaluation."""
-    with torch.random.fork_rng():
-        torch.manual_seed(args.seed + run.step)
-        if args.env == "bandit":
-            return evaluate_bandit(critic, policy, run, args)
-        return run.scores(actor) if args.eval_env else {}
-
-
-def evaluate_bandit(critic: Critic, policy: GaussianActor, run: runs.Run, args: Args) -> dict:
-    """The data's actions, drawn again by the weights of Eq. (11), against the closed form; beside them the Gaussian."""
-    weight = implicit_weights(advantages(critic, run.data), args)
-    implicit = run.data.action[torch.multinomial(weight, 4096, replacement=True)]
-    gaussian = policy.eval()(run.data.obs[:4096]).sample()
-    metrics, figure = bandit.report(implicit, implicit_target(args), **{"IQL's Gaussian": gaussian})
-    run.picture("bandit", figure)
-    return metrics
+def evaluate(actor: Callable, critic: Critic, policy: GaussianPolicy, run: runs.Run, args: Args) -> dict:
+    """The scores of `actor`, (B, O) -> (B, A), over args.eval_episodes episodes. On the bandit: the data's actions,
+    drawn again by the weights of Eq. (11), against the closed form, and a picture with the Gaussian beside them."""
+    with torch.random.fork_rng():  # training goes on as if there had been no evaluation
+        torch.manual_seed(args.seed + run.step)  # the step that `train` is at
+        if args.env != "bandit":
+            return run.scores(actor) if args.eval_env else {}
+        weight = implicit_weights(advantages(critic, run.data), args)
+        implicit = run.data.action[torch.multinomial(weight, 4096, replacement=True)]
+        gaussian = policy.eval()(run.data.obs[:4096]).sample()
+        metrics, figure = bandit.report(implicit, implicit_target(args), **{"IQL's Gaussian": gaussian})
+        run.picture("bandit", figure)
+        return metrics
 
 
 def cosine(step: int, steps: int) -> float:
@@ -322,24 +319,20 @@ def cosine(step: int, steps: int) -> float:
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args, data = arguments.prepare(args, SETTINGS, "iql_critic")
+    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards scaled
     torch.manual_seed(args.seed)
     critic = Critic(data.obs_dim, data.action_dim).to(args.device)
-    policy = GaussianActor(data.obs_dim, data.action_dim, args.dropout).to(args.device)
+    policy = GaussianPolicy(data.obs_dim, data.action_dim, args.dropout).to(args.device)
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, policy)
-    if args.critic:
-        trained.load_critic(critic, args)
 
-    adam = dict(fused=True, capturable=args.cudagraph)  # which also needs a changing learning rate to be a tensor
+    # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
+    adam = dict(fused=True, capturable=args.cudagraph)
     critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)
     policy_lr = torch.tensor(args.policy_lr, device=args.device)
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=policy_lr, **adam)
-    decay = lambda step: cosine(step, args.policy_steps) if args.lr_decay else 1.0  # noqa: E731
-    policy_schedule = torch.optim.lr_scheduler.LambdaLR(policy_optimizer, decay)
-    critic_loss_fn, policy_loss_fn = (
-        torch.compile(function) if args.compile else function for function in (critic_loss, policy_loss)
-    )
+    policy_schedule = LambdaLR(policy_optimizer, partial(cosine, steps=args.policy_steps))
+    critic_loss_fn, policy_loss_fn = (torch.compile(fn) if args.compile else fn for fn in (critic_loss, policy_loss))
 
     def critic_update() -> dict:
         loss, metrics = critic_loss_fn(critic, data.sample(args.batch_size), args)  # Eqs. (1), (2)
@@ -356,31 +349,32 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:
+    if args.cudagraph:  # recorded when they are called, after `restore`
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
-    total = max(args.critic_steps, args.policy_steps)  # the two are trained side by side
+    total = max(args.critic_steps, args.policy_steps)  # the two are trained side by side, in one phase
     run = runs.Run(
-        args, "iql_critic", data, {"critic and actor": total}, critic=critic, policy=policy,
+        args, NAME, data, {"critic and policy": total}, critic=critic, policy=policy,
         critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer, policy_schedule=policy_schedule,
     )  # fmt: skip
     start = run.restore()
-    actor = lambda obs: act(policy.eval(), obs)  # noqa: E731
+    actor = partial(act, policy)  # (B, O) -> (B, A)
     if args.eval_only:
         return run.show(evaluate(actor, critic, policy, run, args), actor)
 
-    for step, _ in run.steps(start):
+    for step, _ in run.steps(start):  # step counts from 1; start is the last one that was done
         metrics = {}
         if step <= args.critic_steps:
             metrics |= critic_update()
         if step <= args.policy_steps:
             metrics |= policy_update()
-            policy_schedule.step()
+            if args.lr_decay:
+                policy_schedule.step()
         if step % args.eval_every == 0 or step == run.total:
             metrics |= evaluate(actor, critic, policy, run, args)
-        run.log(step, metrics)
-        run.save(step)
-    return run.finish(actor)
+        run.log(step, metrics)  # every log_every steps; stops the run at NaN
+        run.save(step)  # every save_every steps
+    return run.finish(actor)  # which plays once more with --video
 
 
 if __name__ == "__main__":
-    arguments.main("iql_critic", train, Args, SETTINGS)
+    arguments.main(NAME, train, Args, SETTINGS)

@@ -11,7 +11,7 @@ from typing import Annotated, NamedTuple, get_args, get_type_hints
 import torch
 import tyro
 
-from common import Interrupted, TrainingError, UserError, datasets, environments, runs, trained
+from common import Interrupted, TrainingError, UserError, datasets, environments, trained
 
 
 class Rule(NamedTuple):
@@ -24,6 +24,7 @@ class Rule(NamedTuple):
 Count = Annotated[int, Rule(lambda n: n >= 1, "must be at least 1")]
 Steps = Annotated[int, Rule(lambda n: n >= 0, "must not be negative")]
 Amount = Annotated[float, Rule(lambda x: 0 <= x < math.inf, "must be a finite number that is not negative")]
+Factor = Annotated[float, Rule(lambda x: 0 < x < math.inf, "must be a finite number above 0")]
 Share = Annotated[float, Rule(lambda x: 0 <= x <= 1, "must lie between 0 and 1")]
 Inside = Annotated[float, Rule(lambda x: 0 < x < 1, "must lie between 0 and 1, and be neither")]
 
@@ -54,7 +55,7 @@ class RunArgs:
     """play one episode into the run folder, as video.mp4, when the run is finished or with --eval-only"""
     allow_unverified: bool = False
     """accept a D4RL file whose checksum is not the published one"""
-    reward_scale: Amount | None = None
+    reward_scale: Factor | None = None
     """multiply the data's rewards by this, 1: as they are; None: the rule of the dataset's task"""
     rescale_actions: bool = False
     """own data's actions are in the units of --eval-env: map its bounds to [-1, 1]"""
@@ -76,6 +77,8 @@ class RunArgs:
 FREE = {"run_dir", "resume", "eval_only", "video", "device", "compile", "cudagraph", "allow_unverified", "eval_every"}
 FREE |= {"eval_episodes", "eval_steps", "log_every", "save_every", "policy_steps"}
 ACTING = {"extraction", "candidates", "solver", "sampler_steps", "act_noise"}  # free with --eval-only
+# What a run without a config.json yet would overwrite in a folder of the user's.
+FILES = ("metrics.jsonl", "checkpoint.pt", "result.json", "eval.json", "curves.png", "bandit.png", "video.mp4")
 
 
 def main(algorithm: str, train: Callable, args_type: type, settings: dict) -> None:
@@ -85,12 +88,12 @@ def main(algorithm: str, train: Callable, args_type: type, settings: dict) -> No
         return
     except UserError as mistake:
         code, text = 2, f"error: {mistake}"
-    except TrainingError as failure:
+    except (TrainingError, OSError) as failure:
         code, text = 1, f"error: {failure}"
     except Interrupted as stop:
         code, text = 128 + stop.args[0], stop.args[1]
     except KeyboardInterrupt:
-        code, text = 130, "interrupted before there was anything to save"
+        code, text = 130, "interrupted; with --resume it goes on from the last checkpoint, if there is one"
     print(text, file=sys.stderr)
     raise SystemExit(code)
 
@@ -98,7 +101,7 @@ def main(algorithm: str, train: Callable, args_type: type, settings: dict) -> No
 def read_command_line(algorithm: str, args_type: type, settings: dict):
     """The arguments. Defaults, also those that --help shows, are the dataset's, or those of the run that is resumed."""
     given = tyro.cli(args_type, args=[word for word in sys.argv[1:] if word not in ("-h", "--help")])
-    saved = runs.read_config(runs.folder(given, algorithm)) if given.resume or given.eval_only else None
+    saved = trained.read_config(folder(given, algorithm)) if given.resume or given.eval_only else None
     if saved and saved["algorithm"] == algorithm:
         default, whose = trained.saved_args(saved, args_type), "the run in the folder"
         default = dataclasses.replace(default, resume=False, eval_only=False, video=False)
@@ -108,19 +111,38 @@ def read_command_line(algorithm: str, args_type: type, settings: dict):
     return tyro.cli(args_type, default=default, description=f"The defaults shown here are those of {whose}.")
 
 
+def own_data(env: str) -> bool:
+    return env.startswith(environments.MINARI) or Path(env).suffix != "" or Path(env).is_file()
+
+
+def folder(args, algorithm: str) -> Path:
+    """Where a run is: args.run_dir, or a name made of data, algorithm and seed."""
+    name = re.sub("[:/]", "-", args.env) if args.env.startswith(environments.MINARI) else Path(args.env).stem
+    return Path(args.run_dir or f"runs/{name}/{algorithm}/seed{args.seed}")
+
+
 def lookup(settings: dict, env: str) -> tuple[str, dict]:
     """Whose settings a dataset has, and these settings: its own, else its family's, over those of "*"."""
     v0 = re.sub("^(antmaze-.*)-v[12]$", r"\1-v0", env)  # AntMaze's -v2 are its -v0 with mistakes corrected
-    kind = "remade" if env.endswith("-remade") else env.split("-")[0]
-    names = ["own data"] if runs.own_data(env) else [env, v0, kind]
+    family = env.split("-")[0]
+    kinds = [f"{family}-remade", "remade"] if env.endswith("-remade") else [family]
+    names = ["own data"] if own_data(env) else [env, v0, *kinds]
     name = next((name for name in names if name in settings), "all datasets")
     return name, settings["*"] | settings.get(name, {})
 
 
 def prepare(args, settings: dict, algorithm: str) -> tuple:
-    """The arguments as filled in, and the data that they name. Raises UserError as `fill_in` and datasets.load do."""
+    """The arguments as filled in, and the data that they name; says what they are. Raises UserError as `fill_in` and
+    datasets.load do, and if the environment's sizes are not those of the data."""
     args = fill_in(args, settings, algorithm)
-    data = datasets.load(args.env, args.device, args.eval_env, args.allow_unverified, args.reward_scale)
+    data = datasets.load(
+        args.env, args.device, args.eval_env, args.allow_unverified, args.reward_scale, args.rescale_actions
+    )
+    if args.eval_env:
+        datasets.check_sizes(data, environments.make(args.eval_env))
+    score = f"{args.eval_env}, {args.eval_episodes} episodes" if args.eval_env else "none, see --eval-env"
+    score = "against the closed form" if args.env == "bandit" else score
+    print("\n".join([*data.describe(), f"score: {score}; device: {args.device}"]))
     name, values = lookup(settings, args.env)
     default = vars(type(args)()) | values
     about_the_run = {field.name for field in dataclasses.fields(RunArgs)} - values.keys()
@@ -136,7 +158,9 @@ def fill_in(args, settings: dict, algorithm: str):
     Raises UserError for a number, a device or an environment that makes no sense, and for a folder of another run.
     """
     args = dataclasses.replace(args, env=str(Path(args.env).resolve()) if Path(args.env).is_file() else args.env)
-    args.critic = args.critic and Path(args.critic).resolve()
+    for name in {"critic", "behaviour"} & vars(args).keys():
+        setattr(args, name, getattr(args, name) and Path(getattr(args, name)).resolve())
+    args.run_dir = folder(args, algorithm)
     agree_with_folder(args, algorithm)
     for field, value in lookup(settings, args.env)[1].items():
         if getattr(args, field) is None:
@@ -146,7 +170,7 @@ def fill_in(args, settings: dict, algorithm: str):
         for rule in (rule for part in (kind, *get_args(kind)) for rule in getattr(part, "__metadata__", ())):
             if value is not None and not rule.holds(value):
                 raise UserError(f"--{field.replace('_', '-')} {value}: {rule.words}")
-    if args.critic:
+    if getattr(args, "critic", None):
         args.critic_steps = 0
     choose_device(args)
     args.eval_env = environments.evaluation_env(args.env, args.eval_env)
@@ -180,21 +204,19 @@ def choose_device(args) -> None:
 def agree_with_folder(args, algorithm: str) -> None:
     """Take what is not given from the run that is resumed, in place. Raises UserError if its folder holds another one,
     or something of the user's that a run would overwrite."""
-    path = runs.folder(args, algorithm)
-    config = runs.read_config(path)
+    path, config = args.run_dir, trained.read_config(args.run_dir)
     if config is None:
-        if found := [name for name in runs.FILES if (path / name).exists()]:
+        if found := [name for name in FILES if (path / name).exists()]:
             raise UserError(f"{path} holds {found[0]} but no run of these programs; choose another --run-dir")
         return
     if config["algorithm"] != algorithm:
         raise UserError(f"{path} holds a run of {config['algorithm']}.py; choose another --run-dir")
     if not args.resume and not args.eval_only:
         raise UserError(f"{path} holds a run already; add --resume to go on with it, or choose another --run-dir")
-    for name, old in config["args"].items():
+    free = FREE | ACTING if args.eval_only else FREE
+    for name, old in vars(trained.saved_args(config, type(args))).items():
         new, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if new is None:
             setattr(args, name, old)
-        elif str(new) != str(old) and name not in (FREE | ACTING if args.eval_only else FREE):
-            raise UserError(
-                f"{path} holds a run with {flag} {old}, not {new}; leave {flag} out, or run in a new folder"
-            )
+        elif new != old and name not in free:
+            raise UserError(f"{path} holds a run with {flag} {old}, not {new}; leave it out, or give a new --run-dir")

@@ -1,45 +1,47 @@
-"""A D4RL name, an HDF5 file or a Minari dataset -> transitions in one tensor on one device.
+"""A D4RL name, a file or a Minari dataset -> transitions in one tensor on one device.
 
 The rules are those of D4RL (arXiv:2004.07219) and its `qlearning_dataset`, the rewards those of IQL (arXiv:2110.06169);
 the package `d4rl` is not needed. d4rl_tasks.tsv lists D4RL's tasks of continuous control that have a reference score,
 with the size and sha256 of 38 of the files as published. Files lie in D4RL's own folder: nobody downloads twice.
 """
 
+import contextlib
 import csv
 import difflib
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import h5py
 import numpy as np
 import pooch
+import requests
 import torch
+from gymnasium.spaces import Box, Dict, Space, Tuple, flatten
 from torch import Tensor
 
-from common import UserError, bandit, demo
-from common.environments import MINARI, minari_dataset, minari_download
+from common import UserError, bandit, demo, environments, mazes, remade
+from common.environments import MINARI, flat_space, minari_dataset, minari_download
 
 # key -> number of dimensions; only timeouts may be missing
 RANKS = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1, "timeouts": 1}
+NEXT = "next_observations"  # read in own files only: D4RL's rule ignores those of its files
 ACTION_LIMIT = 1 - 1e-5  # atanh and log-densities at exactly 1 are infinite
 UNSCALED = ("pen", "hammer", "door", "relocate", "adroit", "kitchen", "maze2d")
-# the longest episode of D4RL's tasks, by the beginning of their names; 1000 for all others
-STEP_LIMITS = {"maze2d-open": 150, "maze2d-umaze": 300, "maze2d-medium": 600, "maze2d-large": 800, "antmaze-umaze": 700}
-STEP_LIMITS |= {"pen": 100, "hammer": 200, "door": 200, "relocate": 200, "kitchen": 280}
-CHUNK = 16384  # rows copied at a time
-MADE_HERE = {demo.NAME: lambda path: demo.generate(path)}  # name -> what writes the file at first use
-WRITABLE = "make room there, or choose another folder by $D4RL_DATASET_DIR"
-
-
-class Task(NamedTuple):
-    """A line of d4rl_tasks.tsv; bytes and sha256 are empty where unknown."""
-
-    url: str
-    bytes: str
-    sha256: str
+# the longest episode of a D4RL task, by the beginning of its name; 1000 for all others
+STEP_LIMITS = {"pen": 100, "hammer": 200, "door": 200, "relocate": 200, "kitchen": 280}
+STEP_LIMITS |= {name: task.max_steps for name, task in mazes.TASKS.items()}
+# name of a dataset that is made at first use -> what writes its file, given the name and a path
+MADE_HERE = dict.fromkeys(mazes.REMADE, mazes.generate) | dict.fromkeys(remade.NAMES, remade.generate)
+MADE_HERE[demo.NAME] = lambda _, path: demo.generate(path)
+# asked for D4RL's files, under their own names, when D4RL's one host fails; the checksum makes that safe
+MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main"
+with open(Path(__file__).with_name("d4rl_tasks.tsv")) as table:
+    lines = csv.DictReader((line for line in table if not line.startswith("#")), delimiter="\t")
+    TASKS = {line.pop("task"): line for line in lines}  # name -> url, bytes, sha256, the latter two "" where unknown
 
 
 class Batch(NamedTuple):
@@ -55,22 +57,22 @@ class Batch(NamedTuple):
 class Dataset:
     """N transitions in one packed float32 tensor `rows` (N, 2 O + A + 2), so that a batch is one index_select.
 
-    The attributes obs, action, reward, next_obs and done are views of `rows`, shapes as in Batch.
+    The attributes obs, action, reward, next_obs and done are views of `rows`, shapes as in Batch. `facts` is what a run
+    stores: source, bytes and sha256 of its file, episodes, their unscaled returns (min, mean, max), reward_rule.
     """
 
     def __init__(self, obs, action, reward, next_obs, done, device="cpu", keep=None, facts=None):
-        """Arrays or tensors of M rows, shapes as in Batch, of any type; `keep` (M,) is True in the rows to take.
+        """Arrays or tensors of M rows, shapes as in Batch, of any type; `keep` is an index (N,) of the rows to take.
 
-        `facts` is what a run stores: source, bytes and sha256 of its file, episodes, their unscaled returns (min, mean,
-        max), reward_rule.
+        A next_obs of None is the observation of the following row.
         """
         self.obs_dim, self.action_dim, self.facts = obs.shape[1], action.shape[1], facts or {}
+        here = torch.arange(len(obs)) if keep is None else torch.as_tensor(keep)
+        after, next_obs = ((here + 1).clamp(max=len(obs) - 1), obs) if next_obs is None else (here, next_obs)
+        rows = torch.empty(len(here), 2 * self.obs_dim + self.action_dim + 2)
         columns = [torch.as_tensor(x, device="cpu") for x in (obs, action, next_obs, reward[:, None], done[:, None])]
-        index = torch.arange(len(obs)) if keep is None else torch.as_tensor(keep).nonzero()[:, 0]
-        rows = torch.empty(len(index), 2 * self.obs_dim + self.action_dim + 2)
-        # in chunks, because selecting whole columns would hold them twice
-        for source, target in zip(index.split(CHUNK), rows.split(CHUNK)):
-            torch.cat([x[source].float() for x in columns], dim=1, out=target)
+        for i, j, target in zip(*(x.split(2**14) for x in (here, after, rows))):  # whole columns would be held twice
+            torch.cat([x[k].float() for x, k in zip(columns, (i, i, j, i, i))], dim=1, out=target)
         self.rows = rows.to(device)
         self.obs, self.action, self.reward, self.next_obs, self.done = self._split(self.rows)
 
@@ -91,52 +93,48 @@ class Dataset:
 
     def describe(self) -> list[str]:
         """What a run begins with."""
-        low, mean, high = self.facts["returns"]
+        facts, order = self.facts, "rows in no order"
+        if facts["returns"]:
+            low, mean, high = facts["returns"]
+            order = f"{facts['episodes']:,} episodes of returns {low:.5g} to {high:.5g}, mean {mean:.5g}"
         return [
-            f"data: {self.facts['source']}, {len(self):,} transitions in {self.facts['episodes']:,} episodes, "
-            f"observations of {self.obs_dim} numbers, actions of {self.action_dim}",
-            f"returns of its episodes: {low:.5g} to {high:.5g}, mean {mean:.5g}; rewards {self.facts['reward_rule']}",
+            f"data: {facts['source']}, {len(self):,} transitions, {order}",
+            f"observations of size {self.obs_dim}, actions of size {self.action_dim}; rewards {facts['reward_rule']}",
         ]
 
 
-def load(
-    name_or_path: str,
-    device="cpu",
-    eval_env: str | None = None,
-    allow_unverified: bool = False,
-    reward_scale: float | None = None,
-) -> Dataset:
-    """The transitions of bandit, halfcheetah-demo, a D4RL task, minari:NAME, or an HDF5 file with the keys of RANKS.
+def load(name_or_path, device="cpu", eval_env=None, allow_unverified=False, reward_scale=None, rescale_actions=False):
+    """The Dataset of bandit, a D4RL task, a key of MADE_HERE, minari:NAME, or an HDF5 or .npz file with RANKS' keys.
 
     The reward rule (see `transitions`) follows the task's name; for an own file it follows `eval_env` if that begins
     with a D4RL family such as antmaze or pen, else it is locomotion's: beta is a temperature on scaled rewards. For
-    Minari it follows `eval_env`, else the dataset's name. Actions are clipped to +-ACTION_LIMIT; an own file with
-    actions beyond +-1.01, which is more than rounding, is refused (D4RL's files are only clipped, as in the reference
-    code, and so is Minari's data, in the bounds it states). Raises UserError for an unknown name, a failed download, a
-    wrong checksum (`allow_unverified` takes a file already in place all the same), a damaged file, unusable data.
-    `reward_scale` takes the place of the rule: rewards are multiplied by it; 1 leaves them as they are.
+    Minari it follows `eval_env`, else the dataset's name. A number `reward_scale` multiplies the rewards instead.
+
+    Actions are clipped to +-ACTION_LIMIT. D4RL's are only that, as in the reference code; Minari's are rescaled from
+    the bounds it states; an own file's must be in [-1, 1], or in the bounds of `eval_env` with `rescale_actions`.
+
+    Raises UserError for an unknown name, a failed download, a wrong checksum (`allow_unverified` takes a file already
+    in place all the same), a folder that can't be written, a damaged or locked file, unusable data.
     """
-    tasks = _tasks()
     if name_or_path == "bandit":
         data = bandit.make_data()
         return Dataset(*data, device, facts=_facts("bandit", data[2].numpy(), "as they are"))
-    if name_or_path in MADE_HERE:
-        path = _made(MADE_HERE[name_or_path], cache_folder() / f"{name_or_path}.hdf5")
-        return transitions(read_hdf5(path), name_or_path, device, path, reward_scale)
-    if name_or_path in tasks:
-        path = _task_file(name_or_path, tasks[name_or_path], allow_unverified)
-        return transitions(read_hdf5(path), name_or_path, device, path, reward_scale)
-    if name_or_path.startswith(MINARI):
-        task = _minari_task(eval_env or name_or_path)
-        return transitions(read_minari(name_or_path), task, device, name_or_path, reward_scale)
-    path = Path(name_or_path).expanduser()
-    if not path.exists():
-        raise UserError(_unknown(name_or_path, tasks))
-    raw = read_hdf5(path)
-    highest = max(raw["actions"].max(), -raw["actions"].min())
-    if highest > 1.01:
-        raise UserError(f"{path}: actions reach {highest:.4g}; rescale them to [-1, 1] by the environment's bounds")
-    return transitions(raw, _minari_task(eval_env or ""), device, path, reward_scale)
+    source, task, own = Path(name_or_path).expanduser(), name_or_path, False
+    if task in MADE_HERE or task in TASKS:
+        source = cache_folder() / f"{task}.hdf5"
+        source = _task_file(task, TASKS[task], allow_unverified) if task in TASKS else source
+        if not source.exists():
+            _write(source, partial(MADE_HERE[task], task))
+        raw = read_file(source)
+    elif task.startswith(MINARI):
+        raw, source, task = read_minari(task), task, _minari_task(eval_env or task)
+    elif os.path.exists(source):  # unlike Path.exists, False for a name that is too long
+        raw, task, own = read_file(source, RANKS | {NEXT: 2}), _minari_task(eval_env or ""), True
+        _check_actions(raw["actions"], source, eval_env, rescale_actions)
+    else:
+        close = " or ".join(difflib.get_close_matches(task, [*TASKS, *MADE_HERE])) or "hopper-medium-v2 or minari:NAME"
+        raise UserError(f"{task} is neither a file that exists nor the name of a dataset, such as {close}")
+    return transitions(raw, task, device, source, reward_scale, own)
 
 
 def check_sizes(dataset: Dataset, env) -> None:
@@ -154,33 +152,37 @@ def cache_folder() -> Path:
     return Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
 
 
-def read_hdf5(path: str | Path) -> dict[str, np.ndarray]:
-    """The checked content of a file in D4RL's layout: key of RANKS -> array of N rows.
+def read_file(path: str | Path, ranks: dict[str, int] = RANKS) -> dict[str, np.ndarray]:
+    """The checked content of an HDF5 or .npz file in D4RL's layout: key of `ranks` -> array of N rows.
 
     Terminals and timeouts come as bool, the rest as float32. (N, 1) is taken for (N,), nonzero numbers for True.
-    Nothing else is read: D4RL too ignores the stored next_observations. Raises UserError for a file that is not HDF5 or
-    cut short, a missing key, a wrong shape or type, lengths that differ, NaN or inf.
+    Raises UserError for a file of another kind, cut short or locked, a missing key, a wrong shape or type, lengths that
+    differ, NaN or inf.
     """
     try:
-        with h5py.File(path, "r") as file:
-            return {key: _read(path, key, data) for key, data in _checked_layout(path, file).items()}
-    except (OSError, RuntimeError, TypeError, ValueError) as error:  # h5py's, depending on where the damage lies
-        raise UserError(f"{path} is damaged, cut short or not HDF5; get or write it again ({error})") from None
+        with open(path, "rb") as start:
+            zipped = start.read(2) == b"PK"
+        with np.errstate(over="ignore"), np.load(path) if zipped else h5py.File(path, "r") as file:
+            return {key: _read(path, key, data) for key, data in _checked_layout(path, file, ranks).items()}
+    except UserError:
+        raise
+    except Exception as error:  # h5py's and numpy's, depending on where the damage lies
+        wanted = "it must be a whole HDF5 or .npz file, which no other program is writing"
+        raise UserError(f"{path} can't be read ({error}); {wanted}") from None
 
 
-def _checked_layout(path: str | Path, file: h5py.File) -> dict[str, h5py.Dataset]:
-    found = {key: file[key] for key in RANKS if isinstance(file.get(key), h5py.Dataset)}
-    missing = [key for key in RANKS if key not in found and key != "timeouts"]
+def _checked_layout(path: str | Path, file, ranks: dict[str, int]) -> dict:
+    found = {key: data for key in ranks if hasattr(data := file.get(key), "shape")}
+    missing = [key for key in ranks if key not in found and key not in ("timeouts", NEXT)]
     if missing:
-        needed = f"a file needs {', '.join(RANKS)} (only timeouts may be missing)"
-        raise UserError(f"{path} lacks {', '.join(missing)}; {needed}")
+        has = ", ".join(f"{key}/" if isinstance(file[key], h5py.Group) else key for key in [*file][:9]) or "nothing"
+        raise UserError(f"{path} lacks {', '.join(missing)}; it has {has}; README shows how to write such a file")
     for key, data in found.items():
-        squeezable = RANKS[key] == 1 and data.ndim == 2 and data.shape[1] == 1
-        if (data.ndim != RANKS[key] and not squeezable) or 0 in data.shape[1:]:
-            wanted = "(N, size)" if RANKS[key] == 2 else "(N,) or (N, 1)"
-            raise UserError(f"{path}: {key} has shape {data.shape}; it must be {wanted}")
-        if data.dtype.kind not in "fiub":
-            raise UserError(f"{path}: {key} holds {data.dtype}; it must hold numbers")
+        fits = data.ndim == ranks[key] or (ranks[key] == 1 and data.ndim == 2 and data.shape[1] == 1)
+        same = key != NEXT or data.shape == found["observations"].shape
+        if not fits or not same or 0 in data.shape[1:] or data.dtype.kind not in "fiub":
+            wanted = "(N,) or (N, 1)" if ranks[key] == 1 else "(N, size)" if same else "that of observations"
+            raise UserError(f"{path}: {key} holds {data.dtype} of shape {data.shape}, but needs numbers of {wanted}")
     if len({len(data) for data in found.values()}) > 1:
         lengths = ", ".join(f"{key} {len(data)}" for key, data in found.items())
         raise UserError(f"{path}: the keys differ in their number of rows ({lengths}); every row must be one step")
@@ -189,26 +191,50 @@ def _checked_layout(path: str | Path, file: h5py.File) -> dict[str, h5py.Dataset
     return found
 
 
-def _read(path: str | Path, key: str, data: h5py.Dataset) -> np.ndarray:
-    # astype converts while reading, so that no float64 copy is ever held; HDF5 can't convert its booleans
-    array = data[...].astype(np.float32) if data.dtype.kind == "b" else data.astype(np.float32)[...]
-    array = array.reshape(len(array), -1) if RANKS[key] == 2 else array.reshape(-1)
+def _read(path: str | Path, key: str, data) -> np.ndarray:
+    array = data[...].astype(np.float32)
+    array = array.ravel() if RANKS.get(key) == 1 else array
     if not np.isfinite([array.min(), array.max()]).all():  # both are NaN if any entry is, and cost no memory
         row = np.argwhere(~np.isfinite(array))[0][0]
         raise UserError(f"{path}: {key} is NaN or infinite, first in row {row}; mend or remove that episode")
     return array != 0 if key in ("terminals", "timeouts") else array
 
 
-def read_minari(name: str) -> dict[str, np.ndarray]:
-    """The episodes of `minari:NAME` one after the other, in the layout of `read_hdf5`; actions rescaled to [-1, 1].
+def _check_actions(action: np.ndarray, path: Path, eval_env: str | None, rescale: bool) -> None:
+    """Maps an own file's actions (N, A) from the bounds of `eval_env` to [-1, 1], in place, if `rescale`.
 
-    Minari stores the observation after the last action too, which D4RL's files lack. An episode of T steps becomes
-    T + 1 rows: the last one is that observation alone and is marked as the timeout. `transitions` drops it, and so no
-    step is lost: a truncated one keeps its own next observation and done = 0, a terminal one done = 1. Raises UserError
-    as `minari_dataset` does, and for episodes that are damaged or hold NaN or inf.
+    Raises UserError for actions in other units than [-1, 1]: they leave it, or hardly any leaves narrower bounds.
+    """
+    space = None
+    with contextlib.suppress(UserError):  # a name of D4RL's may be given for its reward rule alone
+        space = environments.make(eval_env, own_units=True).action_space if eval_env else None
+    known, one = space is not None and space.shape == action.shape[1:], np.ones(action.shape[1], np.float32)
+    if rescale and not known:
+        raise UserError(f"--rescale-actions needs the bounds of an --eval-env with {len(one)} actions, as {path} has")
+    low, high = (space.low, space.high) if known else (-one, one)
+    bounds = f"the bounds of {eval_env}, {low.min():.4g} to {high.max():.4g}"
+    advice = f"--rescale-actions maps {bounds}, to that" if known else "rescale them, or see --rescale-actions"
+    if rescale:
+        action -= (high + low) / 2
+        action /= (high - low) / 2
+        low, high, advice = -one, one, f"clip them to {bounds}, first"
+    reach, narrow = np.abs(action).max(), (low > -1) | (high < 1)
+    inside = narrow.any() and np.mean((action < low)[:, narrow] | (action > high)[:, narrow]) < 0.05
+    if reach > 1.01 or inside:  # 0.01 is rounding
+        raise UserError(f"{path}: actions reach {reach:.4g} and seem to have other units than [-1, 1]; {advice}")
+    if np.any(low != -1) or np.any(high != 1):
+        print(f"{path}: actions reach {reach:.4g}: taken as rescaled already, from {bounds}, to [-1, 1]")
+
+
+def read_minari(name: str) -> dict[str, np.ndarray]:
+    """The episodes of `minari:NAME` one after the other, in the layout of `read_file`; actions rescaled to [-1, 1].
+
+    Minari stores the observation after the last action too. An episode of T steps becomes T + 1 rows: the last one is
+    that observation alone, marked as the timeout, which `transitions` drops: so no step is lost. Raises UserError as
+    `minari_dataset` does, and for episodes that are damaged or hold NaN or inf.
     """
     dataset = minari_dataset(name)
-    obs, action = dataset.observation_space, dataset.action_space
+    obs, action = flat_space(dataset.observation_space), dataset.action_space
     centre, half = (action.high + action.low) / 2, (action.high - action.low) / 2  # (A,) each
     sizes = {"observations": obs.shape, "actions": action.shape, "rewards": ()}
     n, end = dataset.total_steps + dataset.total_episodes, 0
@@ -217,7 +243,7 @@ def read_minari(name: str) -> dict[str, np.ndarray]:
     try:
         for episode in dataset:
             start, end = end, end + len(episode) + 1
-            raw["observations"][start:end] = episode.observations
+            raw["observations"][start:end] = _flat(dataset.observation_space, episode.observations)
             raw["actions"][start : end - 1] = (episode.actions - centre) / half
             raw["rewards"][start : end - 1] = episode.rewards
             raw["terminals"][start : end - 1] = episode.terminations
@@ -230,59 +256,62 @@ def read_minari(name: str) -> dict[str, np.ndarray]:
     return raw
 
 
+def _flat(space: Space, values) -> np.ndarray:
+    """Observations of `space` as Minari stacks them -> (T, O), each as gymnasium.wrappers.FlattenObservation has it."""
+    if isinstance(space, Dict | Tuple):
+        parts = space.items() if isinstance(space, Dict) else enumerate(space)
+        return np.concatenate([_flat(part, values[key]) for key, part in parts], axis=1)
+    return values.reshape(len(values), -1) if isinstance(space, Box) else np.array([flatten(space, x) for x in values])
+
+
 def _minari_task(name: str) -> str:
     """`minari:D4RL/pen/human-v2` -> `pen-human-v2`, D4RL's own way of naming it; other names as they are."""
     return name.removeprefix(MINARI).removeprefix("D4RL/").replace("/", "-") if name.startswith(MINARI) else name
 
 
-def transitions(
-    raw: dict[str, np.ndarray],
-    name: str = "",
-    device="cpu",
-    source: str | Path = "the data",
-    reward_scale: float | None = None,
-) -> Dataset:
-    """The rule of D4RL's `qlearning_dataset` on the arrays of `read_hdf5`.
+def transitions(raw, name="", device="cpu", source="the data", reward_scale=None, own=False) -> Dataset:
+    """The rule of D4RL's `qlearning_dataset` on the arrays `raw` of `read_file`.
 
-    `name` is a task or family of D4RL's, `source` is for messages. next_obs is the next row's observation; a row with a
-    timeout is dropped, and the last row; terminal rows stay, with done = 1. Without the key timeouts an episode ends
-    STEP_LIMITS steps after the last terminal or timeout (after a terminal D4RL counts one too few: not copied).
+    `name` is a task or family of D4RL's. next_obs is the next row's observation; a row with a timeout is dropped, and
+    the last row; terminal rows stay, with done = 1. Without the key timeouts an episode ends STEP_LIMITS steps after
+    the last terminal or timeout (after a terminal D4RL counts one too few: not copied). In `own` data a terminal row
+    stays though it is a timeout, too, or the last row; and where next_observations contradict the next row, with no
+    mark to say why, they are used, and an episode ends.
+
     Rewards: antmaze r - 1; UNSCALED as they are; all others (locomotion) times 1000 / (max - min return), of the
     episodes as cut here, so that 1000 steps up to a timeout count 999; `reward_scale`, if given, is the factor instead.
     Raises UserError if no transition is left.
     """
-    obs, terminals = raw["observations"], raw["terminals"]
-    timeouts = raw.get("timeouts")
-    if timeouts is None:
+    obs, reward, terminals, timeouts = raw["observations"], raw["rewards"], raw["terminals"], raw.get("timeouts")
+    stored, jumps = raw.get(NEXT) if own else None, np.zeros(len(obs), bool)
+    if stored is not None:
+        jumps[:-1] = ~np.isclose(stored[:-1], obs[1:]).all(1)
+    if timeouts is None and jumps.any():
+        timeouts = np.zeros_like(jumps)
+    elif timeouts is None:
         limit = next((n for task, n in STEP_LIMITS.items() if f"{name}-".startswith(f"{task}-")), 1000)
         print(f"{source} has no timeouts: an episode is taken to end after {limit} steps or at a terminal")
         timeouts = _timeouts_by_limit(terminals, limit)
-    keep = ~timeouts[:-1]
+    jumps &= ~terminals & ~timeouts
+    if jumps.any():
+        rows = f"{source}: in {jumps.sum():,} of {len(obs):,} rows {NEXT} is not the next row's observation"
+        print(f"{rows}, and no terminal or timeout says why: those rows are taken as transitions of their own")
+    keep = ~timeouts | (terminals & own)
+    keep[-1:] = own and terminals[-1:]
     if not keep.any():
-        raise UserError(f"{source}: every row is a timeout, so that no transition is left; mend its timeouts")
-    reward = raw["rewards"][:-1]
-    returns = _returns(reward, (terminals | timeouts)[:-1], keep)
+        raise UserError(f"{source}: every row is a timeout or the last one, so that no transition is left; mend them")
+    returns = _returns(reward, terminals | timeouts | jumps, keep) if jumps.mean() < 0.5 else None
     reward, rule = _scaled(reward, returns, name.split("-")[0], reward_scale)
-    facts = _facts(source, returns, rule)
-    dataset = Dataset(obs[:-1], raw["actions"][:-1], reward, obs[1:], terminals[:-1], device, keep, facts)
+    facts, next_obs = _facts(source, returns, rule), stored if jumps.any() else None
+    dataset = Dataset(obs, raw["actions"], reward, next_obs, terminals, device, np.flatnonzero(keep), facts)
     dataset.action.clamp_(-ACTION_LIMIT, ACTION_LIMIT)  # in place: a clipped copy of the raw actions would cost memory
     return dataset
-
-
-def _facts(source: str | Path, returns: np.ndarray, rule: str) -> dict:
-    path = Path(source)
-    facts = {"source": str(source), "bytes": None, "sha256": None}
-    if path.is_file():
-        facts |= {"bytes": path.stat().st_size, "sha256": pooch.file_hash(str(path))}
-    spread = [float(f(returns)) for f in (np.min, np.mean, np.max)]
-    return facts | {"episodes": len(returns), "returns": spread, "reward_rule": rule}
 
 
 def _timeouts_by_limit(terminals: np.ndarray, limit: int) -> np.ndarray:
     """(N,) -> (N,): True at every `limit`-th step since the last terminal."""
     row = np.arange(len(terminals))
-    start = np.zeros_like(row)  # of the stretch between two terminals that the row lies in
-    start[1:] = np.maximum.accumulate(np.where(terminals[:-1], row[1:], 0))
+    start = np.maximum.accumulate(row * np.append(True, terminals[:-1]))  # of the stretch between two terminals
     return (row - start) % limit == limit - 1
 
 
@@ -292,7 +321,7 @@ def _returns(reward: np.ndarray, last: np.ndarray, keep: np.ndarray) -> np.ndarr
     return np.add.reduceat(reward[keep].astype(np.float64), np.flatnonzero(np.diff(episode, prepend=-1)))
 
 
-def _scaled(reward: np.ndarray, returns: np.ndarray, family: str, scale: float | None) -> tuple[np.ndarray, str]:
+def _scaled(reward: np.ndarray, returns: np.ndarray | None, family: str, scale: float | None) -> tuple[np.ndarray, str]:
     """The rewards by the rule of `family`, or times `scale`, and the rule in words."""
     if scale is not None:
         return reward * np.float32(scale), f"times {scale:g} (--reward-scale)"
@@ -300,73 +329,72 @@ def _scaled(reward: np.ndarray, returns: np.ndarray, family: str, scale: float |
         return reward - 1, "minus 1 (antmaze's rule)"
     if family in UNSCALED:
         return reward, f"as they are ({family}'s rule)"
+    if returns is None:
+        return reward, "as they are (no episodes, no returns to scale by: --reward-scale gives a factor)"
     spread = returns.max() - returns.min()
     if spread <= 1e-6 * np.abs(returns).max():  # float32's rounding is no spread
         return reward, "as they are (all returns are equal)"
     return reward * np.float32(1000 / spread), f"times 1000 / {spread:.6g}, the returns' spread (locomotion's rule)"
 
 
-def _tasks() -> dict[str, Task]:
-    with open(Path(__file__).with_name("d4rl_tasks.tsv")) as file:
-        lines = csv.DictReader((line for line in file if not line.startswith("#")), delimiter="\t")
-        return {line.pop("task"): Task(**line) for line in lines}
+def _facts(source: str | Path, returns: np.ndarray | None, rule: str) -> dict:
+    path, facts = Path(source), {"source": str(source), "bytes": None, "sha256": None, "reward_rule": rule}
+    if path.is_file():
+        facts |= {"bytes": path.stat().st_size, "sha256": pooch.file_hash(str(path))}
+    spread = None if returns is None else [float(f(returns)) for f in (np.min, np.mean, np.max)]
+    return facts | {"episodes": spread and len(returns), "returns": spread}
 
 
-def _made(generate: Callable[[Path], None], path: Path) -> Path:
-    """`path`, written by `generate` if it is not there."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two first runs at once make a file each
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.touch()  # a folder that can't be written is found before the work
-            generate(temporary)
-            os.replace(temporary, path)  # a killed run never leaves half a file
-        except OSError as error:
-            raise UserError(f"{path} can't be written ({error.strerror or error}); {WRITABLE}") from None
-        finally:
-            if temporary.is_file():
-                temporary.unlink()
-    return path
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    """`write` a file under a temporary name, then give it its own: a killed run never leaves half of it."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two first runs at once write a file each
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # a folder that can't be written is found before the work
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        advice = "make room, or choose another folder by $D4RL_DATASET_DIR"
+        raise UserError(f"{path} can't be written ({error.strerror or error}); {advice}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def _unknown(name: str, tasks: dict) -> str:
-    if Path(name).suffix in (".hdf5", ".h5") or os.sep in name:
-        return f"{name} does not exist; give the path of an HDF5 file, the name of a D4RL task or minari:NAME"
-    close = difflib.get_close_matches(name, tasks, n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else "D4RL's names look like hopper-medium-v2."
-    return f"{name} is neither a D4RL task nor an HDF5 file; {hint}"
-
-
-def _task_file(name: str, task: Task, allow_unverified: bool) -> Path:
+def _task_file(name: str, task: dict[str, str], allow_unverified: bool) -> Path:
     """The path of a task's file, downloaded if need be, and checked."""
-    path = cache_folder() / task.url.rsplit("/", 1)[1]
-    if not task.sha256:
+    path, published = cache_folder() / task["url"].rsplit("/", 1)[1], task["sha256"]
+    if not published:
         print(f"no checksum is known for {name}: {path} can't be verified")
     if not path.exists():
-        _download(task, path)
-    elif task.sha256 and (found := pooch.file_hash(str(path))) != task.sha256:
-        problem = f"{path} is not the file that D4RL published: sha256 {found}, published {task.sha256}"
+        _write(path, lambda temporary: _download(task, path, temporary))
+    elif published and (found := pooch.file_hash(str(path))) != published:
+        problem = f"{path} is not the file that D4RL published: sha256 {found}, published {published}"
         if not allow_unverified:
             raise UserError(f"{problem}; delete it to download it again, or add --allow-unverified to use it as it is")
         print(f"{problem}; used all the same (--allow-unverified)")
     return path
 
 
-def _download(task: Task, path: Path) -> None:
-    """pooch writes to a temporary name, and renames what is whole and matches the checksum."""
-    size = f"{int(task.bytes) / 1e6:.1f} MB" if task.bytes else "size unknown"
-    file = f"{task.url} ({size}, sha256 {task.sha256 or 'unknown'})"
-    by_hand = f"try again later, or get the file elsewhere and put it there by hand: {file} belongs at {path}"
-    print(f"downloading {task.url} ({size}) to {path}")
+def _download(task: dict[str, str], path: Path, temporary: Path) -> None:
+    """What belongs at `path`, to `temporary`: from D4RL's host, else from $D4RL_MIRROR, else, checked, from MIRROR."""
+    size, sha256 = f"{int(task['bytes']) / 1e6:.1f} MB" if task["bytes"] else "size unknown", task["sha256"]
+    mirror = os.environ.get("D4RL_MIRROR") or (MIRROR if sha256 else "")
     pooch.get_logger().setLevel("WARNING")
     # the timeout is in seconds of silence, not of the whole download; pooch's own chunks of 1 kB are slow
     downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=2**20, timeout=20)
-    known_hash = f"sha256:{task.sha256}" if task.sha256 else None
-    try:
-        pooch.retrieve(task.url, known_hash, fname=path.name, path=path.parent, downloader=downloader)
-    except ValueError:  # so pooch reports a wrong checksum
-        raise UserError(f"the download is not the published file (wrong sha256) and was not kept; {by_hand}") from None
-    except OSError as error:  # requests' exceptions are among them; their own text runs over many lines
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = f"HTTP {status}" if status else error.strerror or type(error).__name__
-        raise UserError(f"the download failed ({reason}); {by_hand}") from None
+    known_hash, failures = f"sha256:{sha256}" if sha256 else None, []
+    for url in [task["url"]] + [f"{mirror.rstrip('/')}/{path.name}"] * bool(mirror):
+        print(f"downloading {url} ({size}) to {path}")
+        temporary.unlink(missing_ok=True)  # pooch takes a file that is there for the one that is wanted
+        try:
+            pooch.retrieve(url, known_hash, fname=temporary.name, path=temporary.parent, downloader=downloader)
+            return
+        except requests.RequestException as error:  # its own text runs over many lines
+            status = getattr(error.response, "status_code", None)
+            failures.append(f"{url}: {f'HTTP {status}' if status else type(error).__name__}")
+        except ValueError:  # so pooch reports a wrong checksum
+            failures.append(f"{url}: wrong sha256, not the published file, not kept")
+        print(f"the download failed ({failures[-1]})")
+    by_hand = f"get the file elsewhere ({size}, sha256 {sha256 or 'unknown'}) and put it at {path} by hand"
+    raise UserError(f"the download failed ({'; '.join(failures)}); try again later, or {by_hand}")

@@ -1,8 +1,9 @@
-"""A D4RL family, Gymnasium id or Minari dataset -> the environment to score a policy in; the score; and a video.
+"""A D4RL name, Gymnasium id or Minari dataset -> the environment to score a policy in; the score; and a video.
 
 D4RL's scores are returns in MuJoCo 2.1.0. Gymnasium's -v4 environments pose the same tasks on today's MuJoCo, where two
 things differ: the inertia of a capsule and the margin of a contact. That can halve a score: one Hopper policy has
-73.0 in D4RL's own environment, 34.6 in Hopper-v4 as shipped, 73.0 in `make("hopper")`, which undoes both differences.
+73.0 in D4RL's own environment, 34.6 in Hopper-v4 as shipped, 73.0 in `make("hopper")`, which undoes both differences
+(common/physics.py). AntMaze and Maze2D are in common/mazes.py, Adroit and Kitchen in common/robotics.py.
 """
 
 import os
@@ -18,19 +19,17 @@ import mujoco
 import numpy as np
 import torch
 from gymnasium.envs.mujoco import MujocoEnv
-from gymnasium.spaces import Box
-from gymnasium.wrappers import RescaleAction, TransformAction, TransformObservation
+from gymnasium.spaces import Box, Dict, Space, flatten_space
+from gymnasium.wrappers import FlattenObservation, RescaleAction, TransformAction, TransformObservation
 
-from common import UserError
+from common import UserError, mazes, robotics
+from common.physics import restore_capsules, restore_contacts
 
 MINARI = "minari:"  # before the name of a dataset of the optional package minari
 LOCOMOTION = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
-ADROIT = {f: f"AdroitHand{f.capitalize()}-v1" for f in ("pen", "door", "hammer", "relocate")}
-ENVIRONMENTS = LOCOMOTION | ADROIT | {"halfcheetah-demo": "HalfCheetah-v4"}  # the demo: another score, the same task
-# Gymnasium-Robotics has mazes and a kitchen too, but they are other tasks: a return there is no D4RL score.
-WITHOUT_ENVIRONMENT = ("antmaze", "maze2d", "kitchen")
+LOCOMOTION["halfcheetah-demo"] = "HalfCheetah-v4"  # another score, the same task
 
-REFERENCE_RETURNS = {  # name: (mean return of a random policy, of an expert), from D4RL's infos.py
+ENVIRONMENTS = {  # name: mean returns of a random policy and of an expert, from D4RL's infos.py
     "halfcheetah": (-280.178953, 12135.0),
     "hopper": (-20.272305, 3234.3),
     "walker2d": (1.629008, 4592.3),
@@ -39,16 +38,24 @@ REFERENCE_RETURNS = {  # name: (mean return of a random policy, of an expert), f
     "door": (-56.512833, 2880.5693087298737),
     "hammer": (-274.856578, 12794.134825156867),
     "relocate": (-6.425911, 4233.877797728884),
-    "antmaze": (0.0, 1.0),
-    "kitchen": (0.0, 4.0),
     "halfcheetah-demo": (-280.178953, 3484.0),  # our own scale: 100 is the policy behind the data, on 50 episodes
 }
+ENVIRONMENTS |= {name: task.reference for name, task in mazes.TASKS.items()}
+ENVIRONMENTS |= dict.fromkeys(robotics.KITCHEN, (0.0, 4.0))
 
 
-def family(dataset_name: str) -> str | None:
-    """The D4RL family of a dataset, None for other names: `halfcheetah-medium-expert-v2` -> `halfcheetah`."""
-    first = dataset_name.split("-")[0]
-    return first if first in ENVIRONMENTS or first in WITHOUT_ENVIRONMENT else None
+def task(dataset_name: str) -> str | None:
+    """The key of ENVIRONMENTS that D4RL scores this dataset in, None for other names.
+
+    `halfcheetah-medium-expert-v2` -> `halfcheetah`, `maze2d-umaze-remade` -> `maze2d-umaze-v1`; a maze's own name.
+    """
+    name, first = dataset_name.replace("-remade", "-v1"), dataset_name.split("-")[0]
+    return name if name in ENVIRONMENTS else first if first in ENVIRONMENTS else None
+
+
+def default_episodes(name: str | None) -> int:
+    """Of an evaluation in `make(name)`: 100 in AntMaze, as in the literature, because a return there is 0 or 1."""
+    return 100 if (name or "").startswith("antmaze") else 10
 
 
 def evaluation_env(env: str, eval_env: str | None) -> str | None:
@@ -56,26 +63,34 @@ def evaluation_env(env: str, eval_env: str | None) -> str | None:
 
     Raises UserError as `make` does; says so in a line if there is no environment.
     """
-    from_minari = env.startswith(MINARI)
-    itself = env in ENVIRONMENTS or from_minari or Path(env).suffix  # a file's name says nothing about its data
-    name = eval_env or (env if itself else family(env))
-    known = minari_dataset(env).env_spec if from_minari else name in ENVIRONMENTS
-    if env == "bandit" or (eval_env is None and not known):
-        if env != "bandit":
-            print(f"{env} is trained without a score: no environment for it is known here; --eval-env names one")
+    if env == "bandit":
         return None
-    make(name).close()
-    return name
+    from_minari = env.startswith(MINARI)
+    file = Path(env).suffix or Path(env).is_file()  # a file's name says nothing about its data
+    name = eval_env or (env if from_minari or file else task(env))
+    problem = None
+    if eval_env is None and not (minari_dataset(env).env_spec if from_minari else name in ENVIRONMENTS):
+        problem = "no environment for it is known here"
+    elif name:
+        try:
+            make(name).close()
+        except UserError as error:
+            if not from_minari or eval_env:
+                raise
+            problem = error
+    if problem:
+        print(f"{env} is trained without a score: {problem}; --eval-env names one")
+    return None if problem else name
 
 
 def normalized_score(returns: float | np.ndarray, name: str) -> float | np.ndarray | None:
     """D4RL's score (Fu et al., arXiv:2004.07219): 0 for a random policy, 100 for an expert.
 
     `returns` are undiscounted, unscaled sums of reward, of any shape. `name` is that of the task they were made in: a
-    family, a dataset's name or `halfcheetah-demo`. None for a name without reference returns, such as a Gymnasium id.
+    key of ENVIRONMENTS or a dataset's name. None for a name without reference returns, such as a Gymnasium id.
     A Minari dataset brings its own reference returns, or none.
     """
-    reference = REFERENCE_RETURNS.get(name) or REFERENCE_RETURNS.get(family(name))
+    reference = ENVIRONMENTS.get(name) or ENVIRONMENTS.get(task(name))
     if name.startswith(MINARI):
         metadata = minari_dataset(name).storage.metadata
         reference = metadata.get("ref_min_score"), metadata.get("ref_max_score")
@@ -86,54 +101,51 @@ def normalized_score(returns: float | np.ndarray, name: str) -> float | np.ndarr
     return 100 * (returns - low) / (high - low)
 
 
-def make(name: str, render_mode: str | None = None) -> gymnasium.Env:
-    """The environment of a D4RL family (a key of ENVIRONMENTS), or of any Gymnasium id (`Pendulum-v1`, `module:Id-v0`).
+def make(name: str, render_mode: str | None = None, own_units: bool = False) -> gymnasium.Env:
+    """The environment of a D4RL task (a key of ENVIRONMENTS), or of any Gymnasium id (`Pendulum-v1`, `module:Id-v0`).
 
     `minari:NAME` is the environment that this local dataset was made for, as its metadata has it.
 
-    Observations are (O,), as the environment gives them. Actions are (A,) in [-1, 1], clipped before they reach the
-    environment, so that its control cost is that of the clipped action, as in D4RL. Policies act in [-1, 1] and a
-    dataset's actions are in [-1, 1] too: an environment with other bounds is rescaled to them. An episode has at most
-    1000 steps in locomotion, 100 in pen, 200 in the rest of Adroit.
+    Observations are (O,), as the environment gives them; a Dict is flattened as by FlattenObservation. Actions are (A,)
+    in [-1, 1], clipped before they reach the environment, so that its control cost is that of the clipped action, as in
+    D4RL. Policies act in [-1, 1] and a dataset's actions are in [-1, 1] too: an environment with other bounds is
+    rescaled to them, unless it is to take actions in its `own_units`. An episode has at most 1000 steps in locomotion,
+    100 in pen, 200 in the rest of Adroit, 280 in Kitchen; mazes differ.
 
     Raises UserError: no such environment; a package it needs is missing; observations or actions that are no vectors,
     or actions without bounds.
     """
-    if name in WITHOUT_ENVIRONMENT:
-        raise UserError(
-            f"D4RL's {name} environment cannot be had here: give another one by --eval-env, "
-            "or none, and training goes on without a score."
-        )
-    max_steps = None  # what the environment is registered with: 1000 in locomotion
-    if name in ADROIT:
-        try:
-            import gymnasium_robotics
-        except ImportError as error:
-            raise UserError(f"{name} needs an optional package: pip install gymnasium-robotics==1.4.2") from error
-        gymnasium.register_envs(gymnasium_robotics)
-        max_steps = 100 if name == "pen" else 200
-
+    options = {"render_mode": render_mode} if render_mode else {}  # plain environments don't know this word
     try:
-        with warnings.catch_warnings():  # -v4 is old on purpose: -v5 has other rewards and frictions than D4RL
-            warnings.filterwarnings("ignore", r".*-v4 is out of date", DeprecationWarning)
+        with warnings.catch_warnings():  # old on purpose: locomotion's -v5 has other rewards and frictions than D4RL
+            warnings.filterwarnings("ignore", r".*-v\d is out of date", DeprecationWarning)
             if name.startswith(MINARI):
-                env = _recover(name, render_mode)
-            else:
-                env = gymnasium.make(ENVIRONMENTS.get(name, name), max_steps, render_mode=render_mode)
-    except (gymnasium.error.Error, ModuleNotFoundError) as error:
-        raise UserError(f"Cannot make the environment {name!r}: {error}") from error
+                env = _recover(name, options)
+            elif name in robotics.ADROIT or name in robotics.KITCHEN:
+                env = robotics.make(name, render_mode)
+            else:  # mazes have their D4RL names in Gymnasium too
+                env = gymnasium.make(LOCOMOTION.get(name, name), **options)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the constructor of somebody's environment raises
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"the environment {name!r} can't be made ({reason})") from error
 
-    if name in LOCOMOTION or name == "halfcheetah-demo":
-        restore_capsules(env.unwrapped.model, keep_total_mass="halfcheetah" in name)
-        restore_margins(env.unwrapped.model)
+    if name in LOCOMOTION:
+        restore_capsules(env.unwrapped.model, mujoco.MjSpec.from_file(env.unwrapped.fullpath))
+        restore_contacts(env.unwrapped.model)
     if name == "ant":  # D4RL's 111 numbers end in 84 contact forces, which MuJoCo 2.1.0 left at zero
         space = Box(-np.inf, np.inf, (111,), np.float64)
         env = TransformObservation(env, lambda obs: np.concatenate([obs, np.zeros(84)]), space)
 
+    if isinstance(env.observation_space, Dict):
+        env = FlattenObservation(env)
     obs, action = env.observation_space, env.action_space
     flat = all(isinstance(space, Box) and len(space.shape) == 1 for space in (obs, action))
     if not (flat and action.is_bounded()):
         raise UserError(f"{name!r} has observations {obs} and actions {action}: both must be vectors, actions bounded.")
+    if own_units:
+        return env
     if np.any(action.low != -1) or np.any(action.high != 1):
         env = RescaleAction(env, np.float32(-1), np.float32(1))
     # gymnasium's ClipAction would clip as well, but then call the action space infinite
@@ -144,7 +156,7 @@ def minari_dataset(name: str):
     """The minari.MinariDataset of `minari:NAME`, from Minari's folder ($MINARI_DATASETS_PATH, else ~/.minari/datasets).
 
     Only its metadata is read. Raises UserError if the package or the dataset is missing, if minari can't read it, and
-    for observations or actions that are no vectors, or actions without bounds.
+    for observations that are neither vectors nor a Dict of them, actions that are no vectors or have no bounds.
     """
     try:
         import minari
@@ -158,11 +170,16 @@ def minari_dataset(name: str):
         raise UserError(
             f"{name} can't be read ({error}); mend that or get it again by: {minari_download(name)}"
         ) from None
-    obs, action = dataset.observation_space, dataset.action_space
+    obs, action = flat_space(dataset.observation_space), dataset.action_space
     flat = all(isinstance(space, Box) and len(space.shape) == 1 for space in (obs, action))
     if not (flat and action.is_bounded()):
         raise UserError(f"{name} has observations {obs} and actions {action}: both must be vectors, actions bounded")
     return dataset
+
+
+def flat_space(space: Space) -> Space:
+    """A Dict as the vector that FlattenObservation makes of it, other spaces as they are."""
+    return flatten_space(space) if isinstance(space, Dict) else space
 
 
 def minari_download(name: str) -> str:
@@ -170,62 +187,11 @@ def minari_download(name: str) -> str:
     return f"minari download {name.removeprefix(MINARI)}"
 
 
-def _recover(name: str, render_mode: str | None) -> gymnasium.Env:
+def _recover(name: str, options: dict) -> gymnasium.Env:
     dataset = minari_dataset(name)
     if dataset.env_spec is None:
         raise UserError(f"{name} does not say what its environment is; name another one by --eval-env")
-    return dataset.recover_environment(eval_env=True, render_mode=render_mode)
-
-
-def restore_capsules(model: mujoco.MjModel, keep_total_mass: bool) -> None:
-    """Give a fresh model of capsules and spheres the masses and inertias of MuJoCo before 2.1.1, in place.
-
-    Until then a capsule of radius r whose cylinder has half-length h was taken for a cylinder of radius r and length
-    L = 2h + r (2.1.1's changelog: "Computed capsule inertias are now exact"). The density is today's, unless the XML
-    sets the total mass, as half_cheetah.xml does: then the total mass is.
-    """
-    r, h = model.geom_size[:, 0], model.geom_size[:, 1]  # (G,) each
-    capsule, moving = model.geom_type == mujoco.mjtGeom.mjGEOM_CAPSULE, model.geom_bodyid > 0
-    length, sphere = 2 * h + r, 4 / 3 * np.pi * r**3
-    volume = np.where(capsule, np.pi * r**2 * length, sphere)
-    exact_volume = np.where(capsule, 2 * np.pi * r**2 * h + sphere, sphere)
-    mass = volume * model.body_mass.sum() / (volume if keep_total_mass else exact_volume)[moving].sum()  # (G,)
-    axial = mass * r**2 * np.where(capsule, 1 / 2, 2 / 5)
-    transverse = np.where(capsule, mass * (3 * r**2 + length**2) / 12, axial)
-    moments = np.stack([transverse, transverse, axial], 1)  # (G, 3), along the geom's own axes: a capsule lies along z
-
-    for body in range(1, model.nbody):  # 0 is the world
-        geoms = np.flatnonzero(model.geom_bodyid == body)
-        centre = mass[geoms] @ model.geom_pos[geoms] / mass[geoms].sum()
-        inertia = np.zeros((3, 3))  # about the centre of mass, in the body's axes
-        for g in geoms:
-            rotation, d = np.zeros(9), model.geom_pos[g] - centre
-            mujoco.mju_quat2Mat(rotation, model.geom_quat[g])
-            rotation = rotation.reshape(3, 3)
-            inertia += rotation @ np.diag(moments[g]) @ rotation.T  # R I R^T: the geom's axes -> the body's
-            inertia += mass[g] * (d @ d * np.eye(3) - np.outer(d, d))  # parallel axes: m (|d|^2 1 - d d^T)
-        principal, axes = np.linalg.eigh(inertia)
-        axes[:, 0] *= np.linalg.det(axes)  # eigenvectors may be a reflection, a quaternion needs a rotation
-        model.body_mass[body], model.body_ipos[body], model.body_inertia[body] = mass[geoms].sum(), centre, principal
-        mujoco.mju_mat2Quat(model.body_iquat[body], axes.ravel())
-
-    # The compiler left two notes that lean on the inertia's frame, and that frame has moved. "This geom has the pose of
-    # its body's inertia" would turn the capsules; boxes around the geoms, beyond which no contact is looked for, would
-    # let the head of a diving half-cheetah pass through the floor. Unsay the first, let the second hold everything.
-    model.body_sameframe[:] = model.geom_sameframe[:] = 0
-    model.bvh_aabb[:] = [0, 0, 0, 100, 100, 100]  # centre and half sizes, in metres
-    mujoco.mj_setConst(model, mujoco.MjData(model))  # what follows from masses: inverse weights, subtree masses
-
-
-def restore_margins(model: mujoco.MjModel) -> None:
-    """Give the contacts of a fresh model their margins of before MuJoCo 3.5.0, in place.
-
-    The margin of a contact was the larger one of its two geoms' and is now their sum. In each of these models all geoms
-    have the same margin, so half of it on either side makes the old one.
-    """
-    if mujoco.mj_version() >= 350:  # 3.4.0 calls itself 340, 3.5.0 3005000
-        model.geom_margin[:] /= 2
-        model.geom_gap[:] /= 2
+    return dataset.recover_environment(eval_env=True, **options)
 
 
 # A video
@@ -273,19 +239,14 @@ def renderer() -> str | None:
     return None
 
 
-def default_episodes(name: str | None) -> int:
-    """How many episodes an evaluation has: 100 in AntMaze, where a return is 0 or 1, else 10."""
-    return 100 if name and family(name) == "antmaze" else 10
-
-
 @torch.no_grad()
 def rollout(
     actor: Callable, name: str, episodes: int, seed: int, device: str = "cpu", limit: int = 1000
-) -> tuple[np.ndarray, np.ndarray]:
-    """Play episodes in `make(name)`, all in lock-step, with one call of `actor` a step, (B, O) -> (B, A) in [-1, 1].
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Play E episodes in `make(name)`, all in lock-step, with one call of `actor` a step, (E, O) -> (E, A) in [-1, 1].
 
-    Returns their undiscounted returns (E,), and the first two numbers of every observation (T, E, 2), NaN when an
-    episode is over: in a maze, where it went. `limit` ends episodes of an environment that has no limit of its own.
+    Returns their undiscounted returns (E,) and, for mazes, the way of each episode (T, 2) and its goal (2,). `limit`
+    ends episodes of an environment that has no limit of its own.
     """
     envs = gymnasium.vector.SyncVectorEnv([partial(make, name)] * episodes)
     if getattr(envs.envs[0].spec, "max_episode_steps", None) is None:
@@ -293,15 +254,18 @@ def rollout(
     else:
         limit = sys.maxsize
     obs, _ = envs.reset(seed=[int(k) for k in np.random.SeedSequence(seed).generate_state(episodes)])
-    total, over, places = np.zeros(episodes), np.zeros(episodes, bool), []
-    while not over.all() and len(places) < limit:
-        places.append(np.where(over[:, None], np.nan, obs[:, :2]))
+    goals = [env.unwrapped.target for env in envs.envs] if name in mazes.TASKS else []
+    total, over, ways, step = np.zeros(episodes), np.zeros(episodes, bool), [[] for _ in goals], 0
+    while not over.all() and step < limit:
+        for k in np.flatnonzero(~over[: len(ways)]):
+            ways[k].append(obs[k, :2])
         action = actor(torch.as_tensor(obs, dtype=torch.float32, device=device))
         obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
         total += reward * ~over  # a finished environment starts again; those rewards do not count
         over |= terminated | truncated
+        step += 1
     envs.close()
-    return total, np.stack(places)
+    return total, [np.array(way) for way in ways], goals
 
 
 def score_metrics(returns: np.ndarray, name: str) -> dict[str, float]:

@@ -5,14 +5,13 @@ Time t runs over [0, 1], 0 = action (data), 1 = noise, and every sampler goes fr
 a 0-dim tensor; a `schedule` is an elementwise callable t -> (alpha, sigma) with x_t = alpha_t a + sigma_t eps.
 
     ode                                 from a velocity: Euler, midpoint, Runge-Kutta 4
-    ddim, sde, dpm_solver_pp, ddpm      from a noise prediction
-    ode_with_log_density, log_density   log pi(a) along the sampling, log mu(a) of a given action
+    ddim, sde, dpm_solver_pp            from a noise prediction
+    with_jacobian, invert               of one step: its derivative, and the way back
 
-Everything is differentiable and never makes the host wait for the device. `sde` and `ddpm` draw noise from torch's
-default generator.
+Everything is differentiable and never makes the host wait for the device. `sde` draws noise from torch's default
+generator.
 """
 
-import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -136,35 +135,7 @@ def dpm_solver_pp(noise_prediction: Model, schedule: Schedule, x: torch.Tensor, 
     return x
 
 
-def ddpm(noise_prediction: Model, betas: torch.Tensor, x: torch.Tensor, clip: bool = True) -> torch.Tensor:
-    """Ancestral sampling in discrete time: Ho et al. 2020 (arXiv 2006.11239), Algorithm 2: (..., A) -> (..., A).
-
-    `betas` is (T,), and the model gets t = T-1, ..., 0 unscaled. The noise of step t is scaled by sqrt(beta_t); the
-    last step has none. `clip` keeps x itself, noise included, in [-1, 1] after every step, as in IDQL (arXiv
-    2304.10573).
-    """
-    betas = betas.to(x)
-    alpha_bars = (1 - betas).cumprod(0)
-    for i in reversed(range(len(betas))):
-        eps = noise_prediction(x, torch.full((), i, device=x.device, dtype=x.dtype))
-        x = (x - betas[i] / (1 - alpha_bars[i]).sqrt() * eps) / (1 - betas[i]).sqrt()
-        if i > 0:
-            x = x + betas[i].sqrt() * torch.randn_like(x)
-        if clip:
-            x = x.clamp(-1.0, 1.0)
-    return x
-
-
-# 3. The log-density of `ode`'s actions. The sampler is a composition of maps y = x - h v(x, t) (for Euler), so by the
-# change of variables  log p(action) = log N(x_1; 0, I) - sum_k log |det dy_k/dx_k|,  dy/dx = I - h J,  J = dv/dx.
-# This is the exact density of the sampler as it runs, not an estimate of the continuous flow's: there is no error of
-# discretisation for a policy to exploit. It holds while every map is a bijection, for which h ||J|| < 1 suffices. At
-# data narrower than the last step, h J nears 1 there and a fitted velocity may fold: power = 2 shortens that step.
-
-
-def log_normal(x: torch.Tensor) -> torch.Tensor:
-    """log N(x; 0, I): (..., A) -> (...)."""
-    return -0.5 * (x**2 + math.log(2 * math.pi)).sum(-1)
+# 3. Derivative and inverse of a step, for the density of the actions that it makes
 
 
 def with_jacobian(step: Step, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,13 +148,7 @@ def with_jacobian(step: Step, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return y, vmap(lambda e: pullback(e.expand_as(x))[0], out_dims=-2)(basis)
 
 
-def with_log_det(step: Step, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """y = step(x) and log |det dy/dx|: (..., A) -> (..., A), (...)."""
-    y, jacobian = with_jacobian(step, x)
-    return y, torch.linalg.slogdet(jacobian).logabsdet
-
-
-def invert(step: Step, y: torch.Tensor, iterations: int) -> torch.Tensor:
+def invert(step: Step, y: torch.Tensor, iterations: int = 4) -> torch.Tensor:
     """The x with step(x) = y, by Newton's method from x = y + (y - step(y)): (..., A) -> (..., A).
 
     Autograd records only the last iteration: at the solution its first derivatives, with respect to y and to what step
@@ -195,34 +160,3 @@ def invert(step: Step, y: torch.Tensor, iterations: int) -> torch.Tensor:
         reached, jacobian = with_jacobian(step, x)
         x = x + torch.linalg.solve_ex(jacobian.detach(), (y - reached).unsqueeze(-1)).result.squeeze(-1)
     return x
-
-
-def ode_with_log_density(
-    velocity: Model, x: torch.Tensor, steps: int, method: str = "euler", power: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The action of `ode(velocity, x, steps, method, power)` and its log pi(action): (..., A) -> (..., A), (...)."""
-    step, log_pi = ode_step(method), log_normal(x)
-    for t, s in pairwise(time_grid(steps, x, power)):
-        x, log_det = with_log_det(lambda z, t=t, s=s: step(velocity, z, t, s), x)
-        log_pi = log_pi - log_det
-    return x, log_pi
-
-
-def log_density(
-    velocity: Model, action: torch.Tensor, steps: int, method: str = "euler", power: float = 1.0, iterations: int = 4
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """log mu(action) under the model that `ode_with_log_density` samples, and its error: (..., A) -> (...), (...).
-
-    Undoes the sampler's own steps, so that the mean of log pi - log mu over pi's actions is a KL divergence: never
-    negative, and 0 for equal velocities. The error is the largest miss of an undone step; where it is not tiny (Newton
-    did not converge, or the map folds) log mu is not to be trusted.
-    """
-    step, x = ode_step(method), action
-    log_dets, error = torch.zeros_like(action[..., 0]), torch.zeros_like(action[..., 0])
-    for s, t in pairwise(time_grid(steps, action, power).flip(0)):
-        y, undone = x, lambda z, t=t, s=s: step(velocity, z, t, s)
-        x = invert(undone, y, iterations)
-        again, log_det = with_log_det(undone, x)
-        log_dets = log_dets + log_det
-        error = torch.maximum(error, (again - y).detach().abs().amax(-1))
-    return log_normal(x) - log_dets, error

@@ -1,12 +1,14 @@
-"""What a run left behind: its checkpoint, its critic, its policy as a function."""
+"""What a run left behind: its configuration, its curves, its checkpoint, its critic, its policy as a function."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from common import UserError
 
@@ -14,8 +16,45 @@ FORMAT = 2  # of config.json and checkpoint.pt
 CRITIC = ("env", "critic_loss", "expectile", "linex_alpha", "discount", "reward_scale")  # what a critic's values mean
 
 
-def load_checkpoint(path: str | Path, algorithm: str | None = None) -> dict:
-    """The content of a run's checkpoint.pt, given it or its folder.
+def read_config(folder: Path) -> dict | None:
+    """A run's config.json; None if there is none. Raises UserError if it is damaged or of another version."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        if config["format"] == FORMAT and {"algorithm", "args", "data", "command"} <= config.keys():
+            return config
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError):  # not to be read, not JSON, not a run's
+        pass
+    raise UserError(f"{path} is damaged, not that of a run, or of another version; choose another --run-dir")
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl, but for the half line that a killed run leaves. UserError if it is damaged."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    try:
+        return [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if row["step"] > 0]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; mend or delete it, the run itself does not need it") from None
+
+
+def curves(folder: Path) -> Figure:
+    """Every scalar of metrics.jsonl over the steps."""
+    rows = read_metrics(folder)
+    names = sorted({key for row in rows for key in row} - {"step"})
+    height = max(1, math.ceil(len(names) / 4))
+    figure = Figure(figsize=(12, 2.4 * height))
+    figure.subplots_adjust(0.05, 0.12 / height, 0.98, 1 - 0.12 / height, wspace=0.25, hspace=0.35)
+    for k, name in enumerate(names, 1):
+        axes = figure.add_subplot(height, 4, k, title=name)
+        axes.plot(*zip(*[(row["step"], row[name]) for row in rows if name in row]), marker=".")
+    return figure
+
+
+def load_checkpoint(path: str | Path, algorithm: str | None = None, device: str = "cpu") -> dict:
+    """The content of a run's checkpoint.pt, given it or its folder; its tensors on `device`.
 
     Raises UserError if it is missing, damaged, of another version, or of another algorithm than the one named.
     """
@@ -23,23 +62,21 @@ def load_checkpoint(path: str | Path, algorithm: str | None = None) -> dict:
     if not path.exists():
         raise UserError(f"{path} does not exist; a run writes it at its first checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}); use another one") from None
-    if not isinstance(state, dict) or "step" not in state:
-        raise UserError(f"{path} is a file of torch, but not the checkpoint of a run; use another one")
-    found = state.get("format", "of an older version")
-    if found != FORMAT or not {"algorithm", "args", "sizes", "critic", "policy"} <= state.keys():
-        raise UserError(f"{path} has format {found}, this version reads {FORMAT}; use the version that wrote it")
+    found = state.get("format", "unknown") if isinstance(state, dict) else "unknown"
+    if found != FORMAT or not {"algorithm", "args", "sizes", "step", "critic", "policy"} <= state.keys():
+        raise UserError(f"{path} is no whole checkpoint of this version: format {found}, {FORMAT} is read; use another")
     if algorithm and state["algorithm"] != algorithm:
         raise UserError(f"{path} is of {state['algorithm']}.py, not of {algorithm}.py; use that file, or another run")
     return state
 
 
 def saved_args(state: dict, args_type: type):
-    """The arguments in a checkpoint. Raises UserError if they are those of another version."""
+    """The arguments in a checkpoint or config.json. Raises UserError if they are those of another version."""
     if unknown := state["args"].keys() - {field.name for field in dataclasses.fields(args_type)}:
-        raise UserError(f"the checkpoint has an argument {unknown.pop()!r} that this version does not know; update it")
+        raise UserError(f"the run has an argument {unknown.pop()!r} that this version does not know; update it")
     paths = {key: Path(state["args"][key]) for key in ("run_dir", "critic", "behaviour") if state["args"].get(key)}
     return args_type(**state["args"] | paths)
 
@@ -66,13 +103,15 @@ def numpy_or_torch(act: Callable, obs_dim: int, device: str | torch.device) -> C
 
     @torch.no_grad()
     def friendly(obs):
-        batch = obs if torch.is_tensor(obs) else np.asarray(obs, np.float32)
+        batch = obs if torch.is_tensor(obs) else np.array(obs, np.float32)
         batch = torch.as_tensor(batch, dtype=torch.float32, device=device)
         if batch.ndim not in (1, 2) or batch.shape[-1] != obs_dim:
             raise ValueError(f"observations have shape {tuple(batch.shape)}; must be ({obs_dim},) or (B, {obs_dim})")
         if not batch.isfinite().all():
             raise ValueError("observations hold NaN or infinite numbers")
-        action = act(batch.view(-1, obs_dim)).view(*batch.shape[:-1], -1)
+        rows = batch.reshape(-1, obs_dim)
+        action = act(rows) if len(rows) else act(torch.zeros(1, obs_dim, device=device))[:0]
+        action = action.reshape(*batch.shape[:-1], action.shape[-1])
         return action.to(obs.device) if torch.is_tensor(obs) else action.cpu().numpy()
 
     return friendly

@@ -1,16 +1,60 @@
 """What several tests need."""
 
-from collections.abc import Callable
+import dataclasses
+import importlib
+from pathlib import Path
+from types import ModuleType
 
-import torch.nn.functional as F
+import h5py
+import numpy as np
+import sync
+import torch
+from torch import nn
 
 
-def heads(twin) -> list[Callable]:
-    """Q_1 and Q_2 of a TwinQ as functions of their own, a plain product a layer: (B, O + A) -> (B, 1)."""
+def files_with(name: str) -> list[ModuleType]:
+    """The algorithm files that define a top-level name."""
+    files = [file for file in sync.files() if name in sync.definitions(file)]
+    return [importlib.import_module(file.removesuffix(".py")) for file in files]
 
-    def head(k: int, x):
-        for weight, bias in zip(twin.weights, twin.biases):
-            x = F.linear(x if weight is twin.weights[0] else F.relu(x), weight[k], bias[k, 0])
-        return x
 
-    return [lambda x: head(0, x), lambda x: head(1, x)]
+def args_of(algorithm: ModuleType, **values):
+    """Its arguments, from those of the values that it knows."""
+    known = {field.name for field in dataclasses.fields(algorithm.Args)}
+    return algorithm.Args(**{key: value for key, value in values.items() if key in known})
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def flat(tensors) -> torch.Tensor:
+    return torch.cat([x.detach().flatten() for x in tensors])
+
+
+def smaller_q(twin: nn.Module, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    """min_i Q_i(s, a) of a TwinQ, one network after the other: (B, O), (B, A) -> (B,)."""
+    x = torch.cat([twin.normalize(obs), action], -1)
+    return torch.minimum(twin.q1(x)[:, 0], twin.q2(x)[:, 0])
+
+
+class Net(nn.Module):
+    """A function of (x, t, obs), times a weight that is 1, in the place of a network."""
+
+    def __init__(self, function, action_dim: int = 2):
+        super().__init__()
+        self.function, self.action_dim, self.scale = function, action_dim, nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t, obs):
+        return self.scale * self.function(x, t, obs)
+
+
+def write_data(path: Path, rows: int = 60, obs_dim: int = 3, action_dim: int = 2) -> str:
+    """A small HDF5 file of random transitions; every 20th ends an episode."""
+    rng, ends = np.random.default_rng(0), np.arange(1, rows + 1) % 20 == 0
+    with h5py.File(path, "w") as file:
+        file["observations"] = 2 + 3 * rng.normal(size=(rows, obs_dim)).astype(np.float32)
+        file["actions"] = rng.uniform(-0.9, 0.9, (rows, action_dim)).astype(np.float32)
+        file["rewards"] = rng.normal(size=rows).astype(np.float32)
+        file["terminals"], file["timeouts"] = ends, np.zeros(rows, bool)
+    return str(path)

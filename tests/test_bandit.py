@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 
+import gmpg
 import gmpo
 import iql_critic
-from common import bandit
+from common import bandit, datasets
 
-torch.set_num_threads(1)
-STEP_FREE = dict(device="cpu", log_every=100_000, save_every=100_000)
+STEP_FREE = dict(env="bandit", device="cpu", eval_every=100_000, log_every=100_000, save_every=100_000)
 
 
 def soft(beta):
@@ -56,13 +56,6 @@ def test_the_softmax_is_the_data_reweighted_by_exp_beta_q(beta):
     torch.testing.assert_close(bandit.frequencies(action[drawn]), soft(beta), atol=0.008, rtol=0)
 
 
-class Folder:
-    writer = None
-
-    def __init__(self, path):
-        self.path = path
-
-
 def test_report_measures_total_variation_and_what_is_off_the_modes():
     action = bandit.MODES[[0, 0, 4, 4]].clone()
     action[0, 0] -= 5 * bandit.STD
@@ -75,21 +68,34 @@ def test_report_measures_total_variation_and_what_is_off_the_modes():
     assert metrics["eval/return"] == pytest.approx(0.5 * 1.0 + 0.5 * 0.9)
 
 
-def test_gmpo_is_compared_with_exp_beta_q(tmp_path, monkeypatch):
-    targets = []
-    monkeypatch.setattr(bandit, "report", lambda action, target, *rest, **others: targets.append(target) or {})
-    args = gmpo.Args(env="bandit", beta=3.0, sampler_steps=1, device="cpu")
-    gmpo.evaluate_bandit(gmpo.build(1, 2, args), bandit.load(size=64), torch.Generator(), Folder(tmp_path), args, 0)
+class Run:
+    """In the place of a run, whose picture nobody needs."""
+
+    data = datasets.Dataset(*bandit.make_data(64))
+
+    def picture(self, name, figure):
+        assert name == "bandit"
+
+
+@pytest.fixture
+def targets(monkeypatch):
+    """What actions are compared with."""
+    found = []
+    monkeypatch.setattr(bandit, "report", lambda action, target, **others: found.append(target) or ({}, None))
+    return found
+
+
+@pytest.mark.parametrize("algorithm", [gmpo, gmpg], ids=lambda module: module.__name__)
+def test_gmpo_and_gmpg_are_compared_with_exp_beta_q(algorithm, targets):
+    args = algorithm.Args(env="bandit", beta=3.0, device="cpu")
+    algorithm.evaluate_bandit(lambda obs: torch.zeros(len(obs), 2), Run(), args)
     torch.testing.assert_close(targets[0], soft(3.0))
 
 
 @pytest.mark.parametrize("loss", ["expectile", "exponential"])
-def test_iql_is_compared_with_the_policy_its_v_is_the_value_of(tmp_path, monkeypatch, loss):
-    targets = []
-    monkeypatch.setattr(bandit, "report", lambda action, target, *rest, **others: targets.append(target) or {})
-    args = iql_critic.Args(env="bandit", critic_loss=loss, expectile=0.7, dropout=0.0, device="cpu", linex_max=1e9)
-    models = iql_critic.build(1, 2, args)
-    iql_critic.evaluate_bandit(models, bandit.load(size=64), torch.Generator(), Folder(tmp_path), args, 0)
+def test_iql_is_compared_with_the_policy_its_v_is_the_value_of(targets, loss):
+    args = iql_critic.Args(env="bandit", critic_loss=loss, expectile=0.7, linex_max=10**9)
+    iql_critic.evaluate_bandit(iql_critic.Critic(1, 2), iql_critic.GaussianActor(1, 2, 0.0), Run(), args)
     target, q = targets[0].double(), bandit.REWARDS.double()
     v = (target * q).sum()
     expected = torch.where(q > v, 0.7, 0.3) if loss == "expectile" else torch.expm1(q - v) / (q - v)
@@ -103,7 +109,7 @@ def test_iql_is_compared_with_the_policy_its_v_is_the_value_of(tmp_path, monkeyp
 
 @pytest.mark.parametrize("path", ["vp", "gvp", "icfm"])
 def test_gmpo_learns_the_closed_form_on_every_path(tmp_path, path):
-    result = gmpo.train(gmpo.Args(env="bandit", path=path, run_dir=tmp_path / path, eval_every=100_000, **STEP_FREE))
+    result = gmpo.train(gmpo.Args(path=path, run_dir=tmp_path / path, **STEP_FREE))
     assert result["eval/total_variation"] < 0.05
     assert result["eval/off_modes"] < 0.2
     assert (tmp_path / path / "bandit.png").stat().st_size > 10_000
@@ -112,12 +118,12 @@ def test_gmpo_learns_the_closed_form_on_every_path(tmp_path, path):
 def test_iqls_implicit_policy_is_right_where_its_gaussian_cannot_be(tmp_path, monkeypatch):
     seen, report = [], bandit.report
 
-    def spy(action, target, *rest, **others):
+    def spy(action, target, **others):
         seen.append(others)
-        return report(action, target, *rest, **others)
+        return report(action, target, **others)
 
     monkeypatch.setattr(bandit, "report", spy)
-    result = iql_critic.train(iql_critic.Args(env="bandit", run_dir=tmp_path / "iql", **STEP_FREE))
+    result = iql_critic.train(iql_critic.Args(run_dir=tmp_path / "iql", **STEP_FREE))
     assert result["eval/total_variation"] < 0.05 and result["eval/off_modes"] < 0.01
     gaussian = seen[-1]["IQL's Gaussian"]
     off = (torch.cdist(gaussian, bandit.MODES).amin(-1) > 4 * bandit.STD).float().mean()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import gymnasium
@@ -14,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import UserError, datasets
-from common.datasets import Dataset, check_sizes, load, read_hdf5, transitions
+from common import UserError, datasets, demo, mazes
+from common.datasets import Dataset, check_sizes, load, read_file, transitions
 
 ROOT = Path(__file__).parents[1]
 ROLLED = ROOT.parent / "shared" / "data"
@@ -23,7 +24,7 @@ CHEETAH = "halfcheetah-medium-expert-v2"
 
 
 def raw(terminals, timeouts=None, rewards=None, seed=0, obs_dim=3, action_dim=2):
-    """Arrays as read_hdf5 returns them; observation i is (i, ..., i) plus noise, so that neighbours differ."""
+    """Arrays as read_file returns them; observation i is (i, ..., i) plus noise, so that neighbours differ."""
     rng = np.random.default_rng(seed)
     n = len(terminals)
     arrays = {
@@ -94,7 +95,6 @@ def slow_rule(source, limit):
 @pytest.mark.parametrize("with_timeouts", [True, False])
 def test_rule_against_slow_loop(seed, with_timeouts, monkeypatch):
     monkeypatch.setattr(datasets, "STEP_LIMITS", {"hopper": 7})
-    monkeypatch.setattr(datasets, "CHUNK", 13)
     rng = np.random.default_rng(seed)
     n = int(rng.integers(2, 200))
     rate = rng.choice([0.0, 0.05, 0.4])
@@ -106,6 +106,32 @@ def test_rule_against_slow_loop(seed, with_timeouts, monkeypatch):
     assert np.array_equal(data.next_obs, source["observations"][np.array(rows) + 1])
     assert np.array_equal(data.done, source["terminals"][rows])
     np.testing.assert_allclose(data.reward, source["rewards"][rows] * scale, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("name", ["hopper-medium-v2", "antmaze-umaze-v2", "maze2d-umaze-v1", "pen-human-v1"])
+def test_files_of_d4rl_follow_d4rls_rule_bit_for_bit(name, seed, folder):
+    rng, n = np.random.default_rng(seed), 40_000
+    ends = rng.random((2, n)) < [[3e-3], [3e-3]]
+    ends[:, [7, n - 1]] = True  # both marks in one row, and in the last one
+    source = raw(*ends, seed=seed, obs_dim=2, action_dim=1) | {"actions": rng.normal(size=(n, 1)).astype(np.float32)}
+    stored = {"next_observations": np.full((n, 2), np.nan), "terminals": ends[0].astype(np.float32)}
+    write(folder / datasets.TASKS[name]["url"].split("/")[-1], source, **stored)
+    data = load(name, allow_unverified=True, eval_env="Pendulum-v1")
+
+    rows, reward = np.flatnonzero(~ends[1][:-1]), source["rewards"]
+    if name[:6] == "hopper":
+        cuts = np.flatnonzero(ends.any(0)[:-1]) + 1
+        parts = np.split(np.where(ends[1], np.nan, reward)[:-1], cuts)
+        returns = [np.nansum(part.astype(float)) for part in parts if not np.isnan(part).all()]
+        reward = reward * np.float32(1000 / (max(returns) - min(returns)))
+    elif name[:7] == "antmaze":
+        reward = reward - 1
+    assert torch.equal(data.reward, torch.tensor(reward[rows]))
+    assert np.array_equal(data.obs, source["observations"][rows])
+    assert np.array_equal(data.next_obs, source["observations"][rows + 1])
+    assert np.array_equal(data.done, ends[0][rows])
+    assert np.array_equal(data.action, source["actions"][rows].clip(-np.float32(1 - 1e-5), np.float32(1 - 1e-5)))
 
 
 @pytest.mark.parametrize(
@@ -126,6 +152,196 @@ def test_step_limit_without_timeouts(name, limit, capsys):
     dropped = sorted(set(range(2500)) - set(transitions(source, name).obs[:, 0].long().tolist()))
     assert dropped == [*range(50 + limit, 2499, limit), 2499]  # the terminal in row 50 starts the count anew
     assert f"after {limit} steps" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- own files
+
+
+def own(path, source, **changes):
+    return load(write(path / "own.hdf5", source, **changes), reward_scale=1)
+
+
+def followed(source, *rows):
+    """The true next observations: the next row's, and something else after each of `rows` and the last one."""
+    following = np.roll(source["observations"], -1, axis=0)
+    following[[*rows, -1]] = -100 - np.arange(len(rows) + 1)[:, None]
+    return following
+
+
+@pytest.mark.parametrize(
+    "terminal_rows, timeout_rows, kept, done",
+    [
+        ([], [], [0, 1, 2, 3, 4], []),
+        ([2], [2], [0, 1, 2, 3, 4], [2]),  # the terminal wins
+        ([5], [], [0, 1, 2, 3, 4, 5], [5]),  # also in the last row
+        ([5], [5], [0, 1, 2, 3, 4, 5], [5]),
+        ([0, 4], [1, 2], [0, 3, 4], [0, 4]),
+        (range(6), range(6), range(6), range(6)),  # done stored in both keys, episodes of one step
+    ],
+)
+def test_terminals_of_own_files(terminal_rows, timeout_rows, kept, done, tmp_path):
+    source = raw(flags(6, *terminal_rows), flags(6, *timeout_rows))
+    data = own(tmp_path, source)
+    assert np.array_equal(data.obs, source["observations"][list(kept)])
+    assert np.array_equal(data.reward, source["rewards"][list(kept)])
+    assert [row for row, d in zip(kept, data.done.tolist()) if d] == list(done)
+    going_on = data.done == 0
+    following = source["observations"][[row + 1 for row in kept if row not in done]]
+    assert np.array_equal(data.next_obs[going_on], following)
+
+
+def test_next_observations_that_say_the_same_change_nothing(tmp_path, capsys):
+    source = raw(flags(20, 4), flags(20, 9))
+    plain = own(tmp_path, source)
+    following = np.roll(source["observations"], -1, axis=0).astype(np.float64)
+    assert torch.equal(own(tmp_path, source, next_observations=following).rows, plain.rows)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("pad", ["true", "zeros", "again"])
+def test_next_observations_at_marks_are_not_trusted(pad, tmp_path, capsys):
+    source = raw(flags(20, 4), flags(20, 9, 19))
+    plain, stored = own(tmp_path, source), followed(source, 4, 9)
+    if pad != "true":  # what many writers store where they don't know it
+        stored[[4, 9, 19]] = 0 if pad == "zeros" else source["observations"][[4, 9, 19]]
+    assert torch.equal(own(tmp_path, source, next_observations=stored).rows, plain.rows)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("timeouts", [True, False])
+def test_ends_without_a_mark_are_found_by_next_observations(timeouts, tmp_path, capsys):
+    source = raw(flags(20, 4), flags(20, 9) if timeouts else None, rewards=np.arange(20))
+    stored = followed(source, 4, 9, 14)
+    data = own(tmp_path, source, next_observations=stored)
+    rows = [row for row in range(19) if not timeouts or row != 9]
+    assert np.array_equal(data.next_obs, stored[rows]) and len(data) == len(rows)
+    assert data.facts["episodes"] == 4 and data.facts["returns"][2] == sum(range(15, 19))
+    out = capsys.readouterr().out
+    assert (
+        f"in {1 if timeouts else 2} of 20 rows next_observations is not the next row's" in out and out.count("\n") == 1
+    )
+
+
+def test_shuffled_rows_keep_their_own_next_observations(tmp_path, capsys):
+    source = raw(flags(2000, *range(99, 2000, 200)), flags(2000, *range(199, 2000, 200)))
+    source["next_observations"] = followed(source, *range(99, 2000, 100))
+    after = {tuple(obs): tuple(then) for obs, then in zip(source["observations"], source["next_observations"])}
+    order = np.random.default_rng(0).permutation(2000)
+    data = load(write(tmp_path / "own.hdf5", {key: array[order] for key, array in source.items()}))
+    assert len(data) > 1980
+    assert all(after[tuple(obs)] == tuple(then) for obs, then in zip(data.obs.tolist(), data.next_obs.tolist()))
+    assert (data.facts["episodes"], data.facts["returns"]) == (None, None)
+    text = capsys.readouterr().out + "".join(data.describe())
+    for part in ("of 2,000 rows next_observations is not", "rows in no order", "--reward-scale gives a factor"):
+        assert part in text
+    kept = np.isin(source["rewards"][order], data.reward)  # as they are: episodes have no returns here
+    assert kept.sum() == len(data)
+
+
+def test_one_transition_and_constant_columns(tmp_path):
+    data = load(write(tmp_path / "own.hdf5", raw(flags(2), flags(2)) | {"observations": np.ones((2, 3))}))
+    assert len(data) == 1 and torch.isfinite(data.rows).all() and data.obs.tolist() == [[1, 1, 1]]
+    assert "as they are (all returns are equal)" in data.describe()[1]
+
+
+def test_npz(tmp_path):
+    source = raw(flags(9, 3), flags(9, 6)) | {"next_observations": np.full((9, 3), 7.0)}
+    np.savez(tmp_path / "a.npz", **source)
+    np.savez_compressed(tmp_path / "b", **source | {"actions": source["actions"].astype(np.float64)})
+    (tmp_path / "b.npz").rename(tmp_path / "b.hdf5")  # a name says nothing
+    hdf5 = load(write(tmp_path / "c.hdf5", source))
+    assert torch.equal(load(str(tmp_path / "a.npz")).rows, hdf5.rows)
+    assert torch.equal(load(str(tmp_path / "b.hdf5")).rows, hdf5.rows)
+    content = (tmp_path / "a.npz").read_bytes()
+    for damaged in (content[:-50], content[:300], content[:2]):
+        (tmp_path / "a.npz").write_bytes(damaged)
+        with pytest.raises(UserError, match="a.npz can't be read"):
+            load(str(tmp_path / "a.npz"))
+    np.savez(tmp_path / "a.npz", **source | {"rewards": np.array([None] * 9)})
+    with pytest.raises(UserError, match="a.npz can't be read"):
+        load(str(tmp_path / "a.npz"))
+
+
+# ---------------------------------------------------------------- actions and their units
+
+UNITS = "units:Units-v0"
+
+
+@pytest.fixture
+def bounds(tmp_path, monkeypatch):
+    """A function that gives the environment UNITS these bounds."""
+    (tmp_path / "units.py").write_text("import gymnasium\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class Units(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-1, 1, (3,))
+
+        def __init__(self, low, high):
+            self.action_space = gymnasium.spaces.Box(np.float32(low), np.float32(high))
+
+    def give(low, high):
+        monkeypatch.setitem(gymnasium.registry, "Units-v0", None)
+        gymnasium.registry.pop("Units-v0")
+        gymnasium.register("Units-v0", entry_point=lambda: Units(low, high))
+
+    return give
+
+
+def acting(path, low, high, n=500, dims=2):
+    action = np.random.default_rng(0).uniform(low, high, (n, dims))
+    source = raw(flags(n), flags(n)) | {"actions": action}
+    return write(path / "own.hdf5", source), action[:-1]
+
+
+@pytest.mark.parametrize(
+    "env_bounds, data_bounds",
+    [
+        (([-0.4, -0.4], [0.4, 0.4]), (-0.4, 0.4)),
+        (([0, 0], [1, 1]), (0, 1)),
+        (([-1, -0.4], [1, 0.4]), ([-1, -0.4], [1, 0.4])),
+        (([-2, -2], [2, 2]), (-2, 2)),
+        (([-0.4, -3], [0.4, 5]), ([-0.4, -3], [0.4, 5])),
+    ],
+)
+def test_actions_in_the_environments_units_are_refused_or_rescaled(env_bounds, data_bounds, bounds, tmp_path):
+    bounds(*env_bounds)
+    path, action = acting(tmp_path, *data_bounds)
+    with pytest.raises(UserError) as caught:
+        load(path, eval_env=UNITS)
+    for part in (path, "actions reach", UNITS, "--rescale-actions", f"{min(env_bounds[0])} to {max(env_bounds[1])}"):
+        assert part in str(caught.value)
+    low, high = np.array(env_bounds)
+    expected = -1 + 2 * (action - low) / (high - low)
+    np.testing.assert_allclose(load(path, eval_env=UNITS, rescale_actions=True).action, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("limit", [0.4, 2])
+def test_actions_rescaled_already_are_taken_and_said(limit, bounds, tmp_path, capsys):
+    bounds([-limit] * 2, [limit] * 2)
+    path, action = acting(tmp_path, -1, 1)
+    np.testing.assert_allclose(load(path, eval_env=UNITS).action, action, atol=2e-5)
+    assert f"taken as rescaled already, from the bounds of {UNITS}, -{limit} to {limit}" in capsys.readouterr().out
+
+
+def test_nothing_to_say_of_actions_in_bounds_of_one(bounds, tmp_path, capsys):
+    bounds([-1, -1], [1, 1])
+    path, action = acting(tmp_path, -0.1, 0.1)
+    for rescale in (True, False):
+        np.testing.assert_allclose(load(path, eval_env=UNITS, rescale_actions=rescale).action, action, atol=2e-5)
+    assert capsys.readouterr().out == ""
+
+
+def test_rescaling_that_cannot_be(bounds, tmp_path):
+    bounds([-0.4] * 2, [0.4] * 2)
+    path, _ = acting(tmp_path, -0.6, 0.6)
+    with pytest.raises(
+        UserError, match=r"actions reach 1.499 and .* clip them to the bounds of units:Units-v0, -0.4 to 0.4"
+    ):
+        load(path, eval_env=UNITS, rescale_actions=True)
+    for other in (None, "Pendulum-v1", "no-such-env"):  # none, one of another size, none
+        with pytest.raises(UserError, match="--rescale-actions needs the bounds of an --eval-env with 2 actions"):
+            load(path, eval_env=other, rescale_actions=True)
+    assert len(load(path)) == len(load(path, eval_env="no-such-env")) == 499
 
 
 # ---------------------------------------------------------------- rewards, actions
@@ -163,7 +379,7 @@ def test_actions_are_clipped_and_far_ones_refused(tmp_path):
     limit = np.float32(1 - 1e-5)
     expected = np.array([[limit, -limit], [limit, 0.5]], np.float32)
     assert np.array_equal(load(write(tmp_path / "own.hdf5", source)).action, expected)
-    with pytest.raises(UserError, match=r"own.hdf5: actions reach 2; rescale"):
+    with pytest.raises(UserError, match=r"own.hdf5: actions reach 2 and .*; rescale them, or see --rescale-actions"):
         load(write(tmp_path / "own.hdf5", source, actions=np.array([[0, 0], [0, -2], [0, 0]])))
 
 
@@ -203,7 +419,12 @@ def test_facts_and_description(tmp_path):
     assert load(path, eval_env="pen").facts["reward_rule"] == "as they are (pen's rule)"
     assert load(path, eval_env="antmaze").facts["reward_rule"] == "minus 1 (antmaze's rule)"
     text = "\n".join(load(path, eval_env="pen").describe())
-    for part in (path, "6 transitions in 3 episodes", "of 3 numbers, actions of 2", "2 to 20, mean 9.3333", "as they"):
+    for part in (
+        path,
+        "6 transitions, 3 episodes of returns 2 to 20, mean 9.3333",
+        "of size 3, actions of size 2",
+        "as they are",
+    ):
         assert part in text
     facts = load("bandit").facts
     assert (facts["sha256"], facts["episodes"], facts["returns"][0], facts["returns"][2]) == (None, 20_000, 0, 1)
@@ -231,7 +452,7 @@ def test_dtypes_and_columns_do_not_matter(tmp_path):
     plain = load(write(tmp_path / "plain.hdf5", source))
     odd = {key: source[key].astype(np.float64) for key in source}
     odd |= {key: odd[key][:, None] for key in ("rewards", "terminals", "timeouts")}
-    odd |= {"next_observations": np.full((9, 3), np.nan), "infos/qpos": np.zeros((4, 2)), "metadata/algorithm": "SAC"}
+    odd |= {"infos/qpos": np.zeros((4, 2)), "metadata/algorithm": "SAC"}
     assert torch.equal(load(write(tmp_path / "odd.hdf5", odd)).rows, plain.rows)
     whole = load(write(tmp_path / "whole.hdf5", source, rewards=np.arange(9), terminals=np.uint8(source["terminals"])))
     assert whole.done.sum() == 1
@@ -240,14 +461,25 @@ def test_dtypes_and_columns_do_not_matter(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"rewards": None, "terminals": None}, "lacks rewards, terminals; a file needs observations"),
-        ({"rewards": None, "rewards/group": np.zeros(9)}, "lacks rewards"),
-        ({"actions": np.zeros(9)}, r"actions has shape \(9,\); it must be \(N, size\)"),
-        ({"actions": np.zeros((9, 0))}, r"actions has shape \(9, 0\)"),
-        ({"observations": np.zeros((9, 3, 1))}, r"observations has shape \(9, 3, 1\)"),
-        ({"rewards": np.zeros((9, 2))}, r"rewards has shape \(9, 2\); it must be \(N,\)"),
-        ({"rewards": 1.0}, r"rewards has shape \(\)"),
-        ({"terminals": np.array([b"no"] * 9)}, r"terminals holds .*; it must hold numbers"),
+        (
+            {"rewards": None, "terminals": None},
+            "lacks rewards, terminals; it has actions, observations, timeouts; README shows how to write",
+        ),
+        (
+            {"rewards": None, "rewards/group": np.zeros(9)},
+            "lacks rewards; it has actions, observations, rewards/, term",
+        ),
+        ({"actions": np.zeros(9)}, r"actions holds .* of shape \(9,\), but needs numbers of \(N, size\)"),
+        ({"actions": np.zeros((9, 0))}, r"actions holds float64 of shape \(9, 0\)"),
+        ({"observations": np.zeros((9, 3, 1))}, r"observations holds float64 of shape \(9, 3, 1\)"),
+        ({"rewards": np.zeros((9, 2))}, r"rewards holds .* \(9, 2\), but needs numbers of \(N,\)"),
+        ({"rewards": 1.0}, r"rewards holds float64 of shape \(\)"),
+        ({"terminals": np.array([b"no"] * 9)}, r"terminals holds \|S2 of shape \(9,\), but needs numbers"),
+        (
+            {"next_observations": np.zeros((9, 2))},
+            "next_observations holds .*, but needs numbers of that of observations",
+        ),
+        ({"next_observations": np.array([[0.0] * 3] * 6 + [[np.nan] * 3] * 3)}, "next_observations is NaN .* in row 6"),
         ({"rewards": np.zeros(8)}, r"differ in their number of rows \(observations 9, actions 9, rewards 8"),
         ({"observations": np.array([[0.0]] * 4 + [[np.nan]] * 5)}, "observations is NaN or infinite, first in row 4"),
         ({"rewards": np.array([0.0] * 8 + [np.inf])}, "rewards is NaN or infinite, first in row 8"),
@@ -284,17 +516,31 @@ def test_damaged_files(tmp_path):
             assert k >= 5
         except UserError as error:
             assert "whole.hdf5" in str(error)
-    with pytest.raises(UserError, match="damaged, cut short or not HDF5"):
+    with pytest.raises(UserError, match="can't be read .*; it must be a whole HDF5 or .npz file"):
         load(str(tmp_path))
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(UserError, match="did you mean halfcheetah-medium-expert-v2"):
+    with pytest.raises(UserError, match="nor the name of a dataset, such as halfcheetah-medium-expert-v2 or half"):
         load("halfcheeta-medium-expert-v2")
-    with pytest.raises(UserError, match="neither a D4RL task nor an HDF5 file; D4RL's names look like"):
+    with pytest.raises(UserError, match="zzz is neither a file that exists nor .* as hopper-medium-v2 or minari:NAME"):
         load("zzz")
-    with pytest.raises(UserError, match="none.hdf5 does not exist"):
-        load(str(tmp_path / "none.hdf5"))
+    with pytest.raises(UserError, match="none.npz is neither a file that exists"):
+        load(str(tmp_path / "none.npz"))
+    for name in ("x" * 5000, "a\0b"):
+        with pytest.raises(UserError, match="is neither a file that exists"):
+            load(name)
+
+
+def test_a_file_that_is_being_written(tmp_path):
+    write(tmp_path / "own.hdf5", raw(flags(9), flags(9)))
+    with h5py.File(tmp_path / "own.hdf5", "a"):  # another process's lock, or this one's
+        code = f"from common.datasets import load; load({str(tmp_path / 'own.hdf5')!r})"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert (
+        "can't be read" in last and "lock" in last and "no other program is writing" in last and "damaged" not in last
+    )
 
 
 def test_check_sizes():
@@ -316,7 +562,7 @@ def test_rolled_files(name, sizes):
     path = ROLLED / f"{name}-medium-expert-rolled.hdf5"
     if not path.exists():
         pytest.skip("the rolled data sets are not part of the repository")
-    data, source = load(str(path), eval_env=name), read_hdf5(path)
+    data, source = load(str(path), eval_env=name), read_file(path)
     rows, returns = slow_rule(source, 1000)
     assert (data.obs_dim, data.action_dim, len(data)) == (*sizes, len(rows))
     scale = 1000 / (max(returns) - min(returns))
@@ -329,6 +575,7 @@ def test_rolled_files(name, sizes):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
+    monkeypatch.setenv("D4RL_MIRROR", "http://127.0.0.1:9")  # nobody listens there
     (tmp_path / "d4rl").mkdir()
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -337,17 +584,17 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(tmp_path):
-    """http://127.0.0.1:port serving /whole.hdf5 and /cut.hdf5, the same broken off half-way; all else is a 404."""
+    """http://127.0.0.1:port serving one file under any name: /whole, /cut half-way, /wrong a byte; else a 404."""
     content = Path(write(tmp_path / "served.hdf5", raw(flags(400, 100), flags(400, 200)))).read_bytes()
+    folders = {"whole": content, "cut": content[: len(content) // 2], "wrong": content[:-1] + b"?"}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            known = self.path in ("/whole.hdf5", "/cut.hdf5")
-            self.send_response(200 if known else 404)
-            self.send_header("Content-Length", str(len(content) if known else 0))
+            sent = folders.get(self.path.split("/")[1])
+            self.send_response(404 if sent is None else 200)
+            self.send_header("Content-Length", str(len(content) if sent else 0))
             self.end_headers()
-            if known:
-                self.wfile.write(content if self.path == "/whole.hdf5" else content[: len(content) // 2])
+            self.wfile.write(sent or b"")
 
         def log_message(self, *args):
             pass
@@ -360,15 +607,15 @@ def server(tmp_path):
 
 
 def set_task(monkeypatch, url, sha256):
-    monkeypatch.setattr(datasets, "_tasks", lambda: {CHEETAH: datasets.Task(url, "474567252", sha256)})
+    monkeypatch.setitem(datasets.TASKS, CHEETAH, {"url": url, "bytes": "474567252", "sha256": sha256})
 
 
 def test_task_table():
-    tasks = datasets._tasks()
-    assert len(tasks) == 115 and sum(bool(task.sha256) for task in tasks.values()) == 38
-    assert all(len(task.sha256) == 64 and int(task.bytes) > 1e6 for task in tasks.values() if task.sha256)
-    assert len({task.url.rsplit("/", 1)[1] for task in tasks.values()}) == 115  # so that one folder holds them all
-    assert tasks[CHEETAH].url.endswith("/halfcheetah_medium_expert-v2.hdf5") and tasks[CHEETAH].bytes == "474567252"
+    tasks = datasets.TASKS
+    assert len(tasks) == 115 and sum(bool(task["sha256"]) for task in tasks.values()) == 38
+    assert all(len(task["sha256"]) == 64 and int(task["bytes"]) > 1e6 for task in tasks.values() if task["sha256"])
+    assert len({task["url"].rsplit("/", 1)[1] for task in tasks.values()}) == 115  # so that one folder holds them all
+    assert tasks[CHEETAH]["url"].endswith("/halfcheetah_medium_expert-v2.hdf5")
 
 
 def test_cache_folder(monkeypatch):
@@ -402,36 +649,115 @@ def test_no_network(folder, monkeypatch):
     with pytest.raises(UserError) as caught:
         load(CHEETAH)
     assert time.monotonic() - start < 5
-    task = datasets._tasks()[CHEETAH]
-    for part in (task.url, "474.6 MB", task.sha256, str(folder / "halfcheetah_medium_expert-v2.hdf5"), "by hand"):
+    task = datasets.TASKS[CHEETAH]
+    for part in (task["url"], "474.6 MB", task["sha256"], str(folder / "halfcheetah_medium_expert-v2.hdf5"), "by hand"):
         assert part in str(caught.value)
     assert not list(folder.iterdir()) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("known", [True, False])
 def test_download(known, folder, server, monkeypatch, capsys):
-    set_task(monkeypatch, f"{server.url}/whole.hdf5", server.sha256 if known else "")
+    set_task(monkeypatch, f"{server.url}/whole/a.hdf5", server.sha256 if known else "")
     assert len(load(CHEETAH)) == 398
-    assert [path.name for path in folder.iterdir()] == ["whole.hdf5"]
+    assert [path.name for path in folder.iterdir()] == ["a.hdf5"]
     assert ("no checksum is known" in capsys.readouterr().out) == (not known)
     server.shutdown()
     assert len(load(CHEETAH)) == 398  # from the folder
 
 
+DOWN = "http://127.0.0.1:9"
+
+
 @pytest.mark.parametrize(
-    "file, sha256, message",
+    "host, failure", [(DOWN, "ConnectionError"), ("cut", ""), ("wrong", "wrong sha256"), ("gone", "HTTP 404")]
+)
+@pytest.mark.parametrize("setting", [True, False])
+def test_the_mirror_takes_over(host, failure, setting, folder, server, monkeypatch, capsys):
+    set_task(monkeypatch, f"{host if host == DOWN else f'{server.url}/{host}'}/a.hdf5", server.sha256)
+    monkeypatch.setattr(datasets, "MIRROR", DOWN if setting else f"{server.url}/whole/")
+    monkeypatch.setenv("D4RL_MIRROR", f"{server.url}/whole" if setting else "")
+    assert len(load(CHEETAH)) == 398
+    assert [path.name for path in folder.iterdir()] == ["a.hdf5"]
+    out = capsys.readouterr().out
+    assert failure in out and f"downloading {server.url}/whole/a.hdf5" in out
+
+
+def test_a_file_without_checksum_comes_from_no_mirror_but_the_users_own(folder, server, monkeypatch):
+    set_task(monkeypatch, f"{DOWN}/a.hdf5", "")
+    monkeypatch.setattr(datasets, "MIRROR", f"{server.url}/whole")
+    monkeypatch.delenv("D4RL_MIRROR")
+    with pytest.raises(UserError, match="the download failed"):
+        load(CHEETAH)
+    monkeypatch.setenv("D4RL_MIRROR", f"{server.url}/whole")
+    assert len(load(CHEETAH)) == 398
+
+
+@pytest.mark.parametrize(
+    "host, mirror, known, messages",
     [
-        ("whole.hdf5", "0" * 64, "wrong sha256"),
-        ("cut.hdf5", "0" * 64, "the download failed"),
-        ("cut.hdf5", "", "the download failed"),
-        ("gone.hdf5", "0" * 64, r"the download failed \(HTTP 404\)"),
+        ("wrong", "gone", True, ["/wrong/a.hdf5: wrong sha256", "/gone/a.hdf5: HTTP 404"]),
+        ("gone", "wrong", True, ["/gone/a.hdf5: HTTP 404", "/wrong/a.hdf5: wrong sha256"]),
+        ("cut", "cut", True, ["/cut/a.hdf5: "]),
+        ("cut", "cut", False, ["/cut/a.hdf5: "]),
+        ("gone", "", True, ["/gone/a.hdf5: HTTP 404", "no-scheme/a.hdf5: "]),
     ],
 )
-def test_failed_download_leaves_nothing(file, sha256, message, folder, server, monkeypatch):
-    set_task(monkeypatch, f"{server.url}/{file}", sha256)
-    with pytest.raises(UserError, match=message) as caught:
+def test_failed_download_leaves_nothing(host, mirror, known, messages, folder, server, monkeypatch):
+    set_task(monkeypatch, f"{server.url}/{host}/a.hdf5", server.sha256 if known else "")
+    monkeypatch.setenv("D4RL_MIRROR", f"{server.url}/{mirror}" if mirror else "no-scheme")
+    with pytest.raises(UserError, match="the download failed") as caught:
         load(CHEETAH)
-    assert str(folder / file) in str(caught.value) and not list(folder.iterdir())
+    for part in (*messages, str(folder / "a.hdf5"), "by hand"):
+        assert part in str(caught.value)
+    assert not list(folder.iterdir())
+
+
+def test_maze2d_remade_is_made_once_and_read_by_d4rls_rule(folder, monkeypatch):
+    name = "maze2d-umaze-remade"
+    monkeypatch.setitem(datasets.MADE_HERE, name, partial(mazes.generate, rows=2000))
+    data, source = load(name), read_file(folder / f"{name}.hdf5")
+    monkeypatch.setitem(datasets.MADE_HERE, name, None)
+    assert torch.equal(load(name).rows, data.rows) and [path.name for path in folder.iterdir()] == [f"{name}.hdf5"]
+    rows = np.flatnonzero(~source["timeouts"][:-1])
+    assert 1900 < len(rows) < 1999 and np.array_equal(data.next_obs, source["observations"][rows + 1])
+    assert np.array_equal(data.reward, source["rewards"][rows]) and not data.done.any()
+
+
+@pytest.mark.parametrize("name", ["hopper-medium-expert-remade", "halfcheetah-medium-replay-remade"])
+def test_remade_locomotion_follows_locomotions_rule(name, folder, monkeypatch):
+    def generate(given, path):
+        assert given == name
+        write(path, raw(flags(6, 2), flags(6, 4), [1, 1, 1, 5, 3, 3]))
+
+    monkeypatch.setitem(datasets.MADE_HERE, name, generate)
+    assert load(name).reward.tolist() == pytest.approx([500, 500, 500, 2500])  # times 1000 / (5 - 3)
+
+
+@pytest.mark.parametrize("name", [CHEETAH, "halfcheetah-demo"])
+def test_a_folder_that_cannot_be_written_is_found_at_once(name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "file"))
+    monkeypatch.setattr(demo, "generate", lambda path: pytest.fail("made all the same"))
+    with pytest.raises(
+        UserError, match=r"file/halfcheetah.*hdf5 can't be written \(.*\); make room, or choose"
+    ) as caught:
+        load(name)
+    assert "download" not in str(caught.value) + capsys.readouterr().out
+
+
+def test_a_full_disk(folder, monkeypatch):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+
+    def generate(path):
+        path.unlink()
+        path.symlink_to("/dev/full")
+        path.write_bytes(bytes(100_000))
+
+    monkeypatch.setattr(demo, "generate", generate)
+    with pytest.raises(UserError, match="halfcheetah-demo.hdf5 can't be written .No space left on device.; make room"):
+        load("halfcheetah-demo")
+    assert not list(folder.iterdir())
 
 
 # ---------------------------------------------------------------- cost

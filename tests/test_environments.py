@@ -1,6 +1,5 @@
 """common/environments.py: one step at a time against D4RL's own environments, the wrappers, the errors, the score."""
 
-import sys
 import warnings
 from pathlib import Path
 
@@ -10,17 +9,8 @@ import numpy as np
 import pytest
 
 from common import UserError, environments
-from common.environments import (
-    ADROIT,
-    ENVIRONMENTS,
-    LOCOMOTION,
-    REFERENCE_RETURNS,
-    family,
-    make,
-    normalized_score,
-    restore_capsules,
-    restore_margins,
-)
+from common.environments import ENVIRONMENTS, make, normalized_score, task
+from common.physics import restore_capsules, restore_contacts
 
 # Single steps recorded in D4RL's own environments (mujoco_py, MuJoCo 2.1.0) from states met under random actions, as
 # f"{family}/{key}" with the keys qpos, qvel, act -> obs2, rew, done. The fixture is 100 of the 500 rows, made by
@@ -37,11 +27,14 @@ SHIPPED_ERROR = {
 }  # the least that v4 as shipped is off by
 
 
+LOCOMOTION = ["halfcheetah", "hopper", "walker2d", "ant"]
+
+
 def shipped(name):
     """Gymnasium's -v4 environment, without any wrapper."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        return gymnasium.make(LOCOMOTION[name]).unwrapped
+        return gymnasium.make(environments.LOCOMOTION[name]).unwrapped
 
 
 def errors(env, name, path=PARITY):
@@ -80,9 +73,9 @@ def test_as_shipped_it_does_not(name):
 
 
 @pytest.mark.parametrize("name", LOCOMOTION)
-def test_margins_alone_are_not_enough(name):
+def test_contacts_alone_are_not_enough(name):
     env = shipped(name)
-    restore_margins(env.model)
+    restore_contacts(env.model)
     assert errors(env, name)[0] > SHIPPED_ERROR[name]
 
 
@@ -90,7 +83,7 @@ def test_margins_alone_are_not_enough(name):
 @pytest.mark.parametrize("name", ["hopper", "ant"])  # the two whose geoms have a margin
 def test_capsules_alone_are_not_enough(name):
     env = shipped(name)
-    restore_capsules(env.model, keep_total_mass=False)
+    restore_capsules(env.model, mujoco.MjSpec.from_file(env.fullpath))
     assert errors(env, name)[0] > 1e-3
 
 
@@ -173,6 +166,15 @@ def test_no_warning(name):
         env.step(np.full(env.action_space.shape, 2.0, np.float32))
 
 
+def test_a_dictionary_of_observations_is_flattened():
+    pytest.importorskip("gymnasium_robotics")
+    env = make("gymnasium_robotics:PointMaze_UMaze-v3")
+    obs, _ = env.reset(seed=0)
+    assert obs in env.observation_space and obs.shape == (8,)
+    state = env.unwrapped.point_env.state_vector()  # achieved_goal, desired_goal, observation, in this order
+    assert np.array_equal(obs, [*state[:2], *env.unwrapped.goal, *state])
+
+
 def test_module_id(tmp_path, monkeypatch):
     (tmp_path / "own_task.py").write_text(
         "import gymnasium\n"
@@ -180,18 +182,6 @@ def test_module_id(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert make("own_task:Own-v0").spec.max_episode_steps == 7
-
-
-@pytest.mark.parametrize("name", ADROIT)
-def test_adroit(name):
-    pytest.importorskip("gymnasium_robotics")
-    env = make(name)
-    env.reset(seed=0)
-    limit, count, ended = (100 if name == "pen" else 200), 0, False
-    while not ended:
-        _, _, terminated, truncated, _ = env.step(env.action_space.sample())
-        count, ended = count + 1, terminated or truncated
-    assert count == limit and truncated
 
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
@@ -202,10 +192,10 @@ def test_adroit(name):
     [
         ("NoSuchTask-v0", "'NoSuchTask-v0'.*doesn't exist"),
         ("Hopper-v77", "'Hopper-v77'"),
+        ("Hopper-v2", "'Hopper-v2' can't be made"),
         ("no_such_module:Own-v0", "No module named 'no_such_module'"),
         ("not an id", "'not an id'"),
-        ("antmaze", "without a score"),
-        ("kitchen", "--eval-env"),
+        ("antmaze", "'antmaze'.*doesn't exist"),
         ("CartPole-v1", "Discrete"),
         ("FrozenLake-v1", "vectors"),
     ],
@@ -216,36 +206,62 @@ def test_errors(name, said):
     assert "\n" not in str(error.value)
 
 
-def test_adroit_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gymnasium_robotics", None)
-    with pytest.raises(UserError, match="pip install gymnasium-robotics==1.4.2"):
-        make("pen")
+OWN = """
+import gymnasium
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
+class Plain(PendulumEnv):
+    def __init__(self):
+        super().__init__()
+class Broken(PendulumEnv):
+    def __init__(self, render_mode=None):
+        raise RuntimeError("no licence:\\n  buy one")
+gymnasium.register("Plain-v0", "own_envs:Plain", max_episode_steps=7)
+gymnasium.register("Broken-v0", "own_envs:Broken")
+"""
+
+
+def test_constructors_of_others(tmp_path, monkeypatch):
+    (tmp_path / "own_envs.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert make("own_envs:Plain-v0").spec.max_episode_steps == 7  # which knows no render_mode
+    with pytest.raises(UserError, match="'own_envs:Plain-v0' can't be made .TypeError: .*render_mode"):
+        make("own_envs:Plain-v0", "rgb_array")
+    with pytest.raises(UserError, match="'own_envs:Broken-v0' can't be made .RuntimeError: no licence: buy one"):
+        make("own_envs:Broken-v0")
+
+
+def test_own_units_are_neither_rescaled_nor_clipped():
+    env = make("Pendulum-v1", own_units=True)
+    assert env.action_space.high == 2
+    theirs = gymnasium.make("Pendulum-v1")
+    assert [e.reset(seed=0)[0].tolist() for e in (env, theirs)][0] == theirs.unwrapped._get_obs().tolist()
+    assert env.step(np.array([1.7]))[1] == theirs.step(np.array([1.7]))[1]
 
 
 # ---- Names and scores ------------------------------------------------------------------------------------------------
 
 
-def test_family():
+def test_task():
     names = {
         "halfcheetah-medium-expert-v2": "halfcheetah",
         "ant-random-v2": "ant",
-        "antmaze-umaze-v2": "antmaze",
+        "antmaze-umaze-v2": "antmaze-umaze-v2",
         "pen-human-v1": "pen",
-        "kitchen-partial-v0": "kitchen",
-        "maze2d-umaze-v1": "maze2d",
-        "halfcheetah-demo": "halfcheetah",
+        "kitchen-partial-v0": "kitchen-partial-v0",
+        "maze2d-umaze-v1": "maze2d-umaze-v1",
+        "maze2d-umaze-dense-remade": "maze2d-umaze-dense-v1",
+        "halfcheetah-demo": "halfcheetah-demo",
         "hopper": "hopper",
         "Hopper-v4": None,
         "Pendulum-v1": None,
         "my.hdf5": None,
     }
-    assert {name: family(name) for name in names} == names
+    assert {name: task(name) for name in names} == names
 
 
 def test_score():
-    for name, (low, high) in REFERENCE_RETURNS.items():
+    for name, (low, high) in ENVIRONMENTS.items():
         assert normalized_score(np.array([low, high]), name) == pytest.approx([0, 100])
-    assert set(ENVIRONMENTS) < set(REFERENCE_RETURNS)
     returns = np.array([[-20.272305, 3234.3], [1607.0138475, 0]])
     assert normalized_score(returns, "hopper-medium-v2") == pytest.approx(np.array([[0, 100], [50, 0.62288691]]))
     assert normalized_score(3484.0, "halfcheetah-demo") == pytest.approx(100)
@@ -259,3 +275,10 @@ def test_a_files_name_chooses_no_environment(env, capsys):
     assert "--eval-env names one" in capsys.readouterr().out
     assert environments.evaluation_env(env, "hopper") == "hopper"
     assert environments.evaluation_env(env.split(".")[0].split("/")[-1], None) == "hopper"
+
+
+def test_a_file_without_suffix_chooses_no_environment(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("hopper-mine").write_text("")
+    assert environments.evaluation_env("hopper-mine", None) is None
+    assert "hopper-mine is trained without a score" in capsys.readouterr().out

@@ -9,7 +9,9 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.envs.registration import EnvSpec, WrapperSpec
+from gymnasium.spaces import Box, Dict, Discrete, Tuple
+from gymnasium.wrappers import FlattenObservation
 
 from common import UserError, environments
 from common.datasets import load, read_minari
@@ -45,7 +47,7 @@ def episode(minari, first, rewards, terminated=False, **changes):
 
 
 def store(minari, *episodes, name="test/numbers-v0", **facts):
-    minari.create_dataset_from_buffers(name, list(episodes), **(facts if "env" in facts else HERE | facts))
+    minari.create_dataset_from_buffers(name, list(episodes), **(facts if facts.get("env") else HERE | facts))
     return f"minari:{name}"
 
 
@@ -114,6 +116,71 @@ def test_reward_rule(name, eval_env, expected, minari):
     assert load(stored, eval_env=eval_env).reward.tolist() == pytest.approx(expected)
 
 
+# Dict observations
+
+
+class Goals(gymnasium.Env):
+    """Observations of many kinds, new ones at each step."""
+
+    observation_space = Dict(
+        {
+            "observation": Box(-1, 1, (2, 3)),
+            "desired_goal": Dict({"z": Box(-1, 1, (1,), np.float64), "a": Tuple([Box(-1, 1, (2,)), Discrete(3)])}),
+            "achieved_goal": Box(-1, 1, (2,)),
+        }
+    )
+    action_space = Box(-2, 2, (1,))
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 1.0, False, False, {}
+
+
+class Broken(gymnasium.Env):
+    def __init__(self):
+        raise KeyError("a file of mine")
+
+
+@pytest.fixture
+def goals():
+    gymnasium.register("Goals-v0", entry_point=f"{__name__}:Goals", max_episode_steps=5)
+    yield "Goals-v0"
+    gymnasium.registry.pop("Goals-v0")
+
+
+def stacked(space, steps):
+    """As Minari wants the observations of an episode."""
+    if isinstance(space, Dict):
+        return {key: stacked(part, [step[key] for step in steps]) for key, part in space.items()}
+    if isinstance(space, Tuple):
+        return tuple(stacked(part, [step[k] for step in steps]) for k, part in enumerate(space))
+    return np.array(steps)
+
+
+def play(env, seed):
+    return [env.reset(seed=seed)[0]] + [env.step(np.zeros(1, np.float32))[0] for _ in range(5)]
+
+
+def test_dict_observations_are_flattened_as_gymnasium_does(goals, minari):
+    plain, theirs = gymnasium.make(goals), FlattenObservation(gymnasium.make(goals))
+    spaces = {"observation_space": plain.observation_space, "action_space": plain.action_space}
+    episodes = [
+        episode(minari, 0, np.zeros(5), observations=stacked(plain.observation_space, play(plain, seed)))
+        for seed in (1, 2)
+    ]
+    name = store(minari, *episodes, env=goals, **spaces)
+    ours, data = environments.make(name), load(name)
+    expected = [play(theirs, seed) for seed in (1, 2)]
+    assert np.array_equal(expected, [play(ours, seed) for seed in (1, 2)])
+    assert data.obs_dim == ours.observation_space.shape[0] == 6 + 1 + 2 + 3 + 2
+    np.testing.assert_allclose(data.obs, np.concatenate([obs[:-1] for obs in expected]), rtol=1e-6)
+    np.testing.assert_allclose(data.next_obs, np.concatenate([obs[1:] for obs in expected]), rtol=1e-6)
+
+
 # Environment and score
 
 
@@ -144,6 +211,34 @@ def test_a_dataset_without_an_environment_is_trained_without_a_score(minari, cap
         environments.make(name)
 
 
+@pytest.mark.parametrize(
+    "spec, problem",
+    [
+        (EnvSpec("Gone-v0", entry_point="no_such_package.envs:Env"), "No module named 'no_such_package'"),
+        (EnvSpec("Broken-v0", entry_point=f"{__name__}:Broken"), "KeyError: 'a file of mine'"),
+        (
+            EnvSpec(
+                "Pendulum-v1",
+                entry_point="gymnasium.envs.classic_control:PendulumEnv",
+                additional_wrappers=(WrapperSpec("Monitor", "gymnasium.wrappers:TimeLimit", None),),
+            ),
+            "Monitor",
+        ),
+    ],
+)
+def test_an_environment_that_cannot_be_made_does_not_stop_training(spec, problem, minari, folder, capsys):
+    name = store(minari, episode(minari, 0, [1, 2]))
+    metadata = folder / "test" / "numbers-v0" / "data" / "metadata.json"
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"env_spec": spec.to_json()}))
+    assert environments.evaluation_env(name, None) is None
+    out = capsys.readouterr().out
+    assert f"{name} is trained without a score: " in out and problem in out and out.count("\n") == 1
+    assert len(load(name)) == 2
+    with pytest.raises(UserError, match=f"'{name}' can't be made .*{problem}") as caught:
+        environments.evaluation_env("hopper-medium-v2", name)  # asked for by --eval-env
+    assert "\n" not in str(caught.value)
+
+
 # Bad input
 
 
@@ -166,7 +261,7 @@ def test_missing_dataset(name, minari):
 @pytest.mark.parametrize(
     "spaces",
     [
-        {"observation_space": Dict({"position": Box(-1, 1, (2,))})},
+        {"observation_space": Discrete(3)},
         {"observation_space": Box(0, 1, (2, 2))},
         {"action_space": Discrete(3)},
         {"action_space": Box(-np.inf, np.inf, (1,))},
@@ -191,6 +286,11 @@ def test_unusable_episodes(minari, folder):
     (file.parent / "metadata.json").write_text("{")
     with pytest.raises(UserError, match="test/cut-v0 can't be read .*; mend that or get it again by: minari download"):
         minari_dataset(name)
+
+
+def test_no_episodes(minari):
+    with pytest.raises(UserError, match="test/numbers-v0: .* no transition is left"):
+        load(store(minari))
 
 
 # The command line

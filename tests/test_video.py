@@ -1,36 +1,28 @@
 """`--video`: a real mp4 of one episode, from a random stream of its own; what is missing is said before any work."""
 
-import dataclasses
-import importlib
 import os
 import sys
 from pathlib import Path
 
-import h5py
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from running import command, draw_nothing, load, train, write_data
 
-from common import UserError, environments, runs
+from common import UserError, environments
 
+torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
-FILES = ["iql_critic", "gmpo", "gmpg", "idql"]
-TINY = dict(
-    env="own.hdf5", eval_env="hopper", critic_steps=2, behaviour_steps=2, policy_steps=2, batch_size=8,
-    policy_batch_size=8, candidates=2, sampler_steps=2, eval_episodes=1, device="cpu",
-)  # fmt: skip
+TINY = dict(env="own.hdf5", eval_env="hopper", critic_steps=2, behaviour_steps=2, policy_steps=2, eval_episodes=1)
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     """A folder with data of Hopper's sizes."""
-    rng = np.random.default_rng(0)
-    with h5py.File(tmp_path / "own.hdf5", "w") as file:
-        file["observations"], file["actions"] = rng.normal(size=(64, 11)), rng.uniform(-1, 1, (64, 3))
-        file["rewards"], file["terminals"] = rng.normal(size=64), np.zeros(64, bool)
-        file["timeouts"] = np.arange(64) % 16 == 15
+    write_data(tmp_path / "own.hdf5", 11, 3)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    draw_nothing(monkeypatch)
 
 
 @pytest.fixture
@@ -44,16 +36,6 @@ def renderer(monkeypatch):
     return found
 
 
-def tiny_args(name, **changes):
-    module = importlib.import_module(name)
-    known = {field.name for field in dataclasses.fields(module.Args)}
-    return module.Args(**{key: value for key, value in (TINY | changes).items() if key in known})
-
-
-def train(name, **changes):
-    return importlib.import_module(name).train(tiny_args(name, **changes))
-
-
 def frames(path):
     import imageio.v2 as imageio
 
@@ -65,36 +47,27 @@ def distance(one, other):
     return np.abs(one.astype(float) - other).mean()
 
 
-def weights(folder):
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    return [*checkpoint["policy" if "policy" in checkpoint else "ema"].values(), checkpoint["rng"]]
-
-
 # What is missing
 
 
-def test_missing_package(monkeypatch, capsys, elsewhere):
+def test_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)  # import raises ImportError
-    monkeypatch.setattr(sys, "argv", ["gmpo.py", "--env", "own.hdf5", "--eval-env", "hopper", "--video"])
-    gmpo = importlib.import_module("gmpo")
-    with pytest.raises(SystemExit) as stop:
-        runs.main(gmpo.train, gmpo.Args)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and not (elsewhere / "runs").exists()
-    assert message == "error: --video needs an optional package: pip install imageio-ffmpeg==0.8.1\n"
-    assert message.split()[-1] in (ROOT / "requirements-dev.txt").read_text().splitlines()
+    code, _, err = command("gmpo", "--env", "own.hdf5", "--eval-env", "hopper", "--video")
+    assert code == 2 and not Path("runs").exists()
+    assert err == "error: --video needs an optional package: pip install imageio-ffmpeg==0.8.1\n"
+    assert err.split()[-1] in (ROOT / "requirements-dev.txt").read_text().splitlines()
 
 
 def test_missing_environment():
     with pytest.raises(UserError, match="--video needs an environment to play an episode in"):
-        train("gmpo", eval_env=None, video=True)
+        train("gmpo", env="own.hdf5", video=True)
 
 
 def test_missing_renderer(monkeypatch):
     pytest.importorskip("imageio_ffmpeg")
     monkeypatch.setenv("MUJOCO_GL", "none")
     with pytest.raises(UserError, match="--video: MuJoCo can't draw here by MUJOCO_GL=none; install"):
-        train("gmpo", video=True)
+        train("gmpo", **TINY, video=True)
     assert not Path("runs").exists()
 
 
@@ -120,7 +93,7 @@ def test_frames_are_those_of_the_episode(renderer, tmp_path):
         steps, over = steps + 1, terminated or truncated
     last = env.render()
     env.close()
-    environments.record(lambda obs, args, generator: torch.zeros(1, 3), tiny_args("gmpo", video=True), 0, tmp_path)
+    environments.record(lambda obs: torch.zeros(1, 3), "hopper", 0, tmp_path)
     drawn, facts = frames(tmp_path / "video.mp4")
     assert steps > 20 and len(drawn) == -(-steps // 4) + 1  # every 4th of 125 a second, and the last
     assert facts["fps"] == pytest.approx(125 / 4, abs=0.01) and drawn.shape[1:] == first.shape
@@ -129,29 +102,57 @@ def test_frames_are_those_of_the_episode(renderer, tmp_path):
 
 
 def test_the_policy_gets_what_act_takes(renderer, tmp_path):
-    def policy(obs, args, generator):
+    def actor(obs):
         assert obs.shape == (1, 11) and obs.dtype == torch.float32 and not torch.is_grad_enabled()
-        drawn.append(torch.rand(1, generator=generator).item())
+        seen.append(obs)
         return torch.ones(1, 3)
 
-    drawn, args, before = [], tiny_args("gmpo", video=True), torch.get_rng_state()
-    environments.record(policy, args, 0, tmp_path)
-    middle, drawn = drawn, []
-    environments.record(policy, args, 0, tmp_path)
-    assert drawn == middle and torch.equal(before, torch.get_rng_state())
+    seen = []
+    environments.record(actor, "hopper", 0, tmp_path)
+    first, seen = seen, []
+    environments.record(actor, "hopper", 0, tmp_path)
+    assert len(seen) > 5 and all(map(torch.equal, seen, first))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own.hdf5", "video.mp4"]
 
 
-def test_without_the_flag_nothing_is_done(tmp_path):
-    train("gmpo", run_dir=tmp_path / "run")
-    assert not (tmp_path / "run" / "video.mp4").exists()
+class Endless(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), 0.0, False, False, {}
+
+    def render(self):
+        return np.zeros((16, 16, 3), np.uint8)
 
 
-@pytest.mark.parametrize("name", FILES)
+def test_an_episode_without_end_is_cut(tmp_path):
+    pytest.importorskip("imageio_ffmpeg")
+    gymnasium.register("Endless-v0", entry_point=Endless)
+    try:
+        environments.record(lambda obs: torch.zeros(1, 1), "Endless-v0", 0, tmp_path, limit=10)
+    finally:
+        gymnasium.registry.pop("Endless-v0")
+    assert len(frames(tmp_path / "video.mp4")[0]) == 11
+
+
+@pytest.mark.parametrize("name", ["iql_critic", "gmpo"])
 def test_a_run_with_and_without(name, renderer, tmp_path):
-    train(name, run_dir=tmp_path / "without")
-    train(name, run_dir=tmp_path / "with", video=True)
-    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "without"), weights(tmp_path / "with")))
-    played, _ = frames(tmp_path / "with" / "video.mp4")
-    train(name, run_dir=tmp_path / "without", video=True, eval_only=True)
-    again, _ = frames(tmp_path / "without" / "video.mp4")
+    """The video changes no weight and no random number; --eval-only --video plays the same episode of the same run."""
+    train(name, **TINY, run_dir=tmp_path / "without")
+    train(name, **TINY, run_dir=tmp_path / "with", video=True)
+    assert not (tmp_path / "without" / "video.mp4").exists()
+    without, filmed = load(tmp_path / "without"), load(tmp_path / "with")
+    assert all(map(torch.equal, without["policy"].values(), filmed["policy"].values()))
+    assert torch.equal(without["rng"], filmed["rng"])
+    code, _, err = command(name, "--run-dir", tmp_path / "without", "--eval-only", "--video")
+    assert (code, err) == (0, "")
+    played, again = (frames(tmp_path / folder / "video.mp4")[0] for folder in ("with", "without"))
     assert len(played) > 2 and np.array_equal(played, again)
