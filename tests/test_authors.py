@@ -100,7 +100,7 @@ def test_gmpos_sample_is_the_authors(monkeypatch):
 
 
 def test_idqls_schedule_network_loss_and_gradient_are_the_authors(monkeypatch):
-    net, they, args = idql_net(), recorded("idql"), args_of(idql, diffusion_steps=5, schedule="vp")
+    net, they, args = idql_net(), recorded("idql"), args_of(idql, diffusion_steps=5)
     close(idql.betas(args), they["betas"], IDQL)
     close(net(they["x_t"], they["t"].float(), they["obs"]), they["net_output"], IDQL)
     give(monkeypatch, randn_like=[they["eps"]], randint=[they["t"]])
@@ -114,5 +114,5 @@ def test_idqls_schedule_network_loss_and_gradient_are_the_authors(monkeypatch):
 def test_idqls_sample_is_the_authors(monkeypatch):
     net, they = idql_net(), recorded("idql")
     give(monkeypatch, randn=[they["noise"][0]], randn_like=they["noise"][1:])
-    found = idql.sample(net, they["obs"], args_of(idql, diffusion_steps=5, schedule="vp"))
+    found = idql.sample(net, they["obs"], args_of(idql, diffusion_steps=5))
     close(found, they["sampled"], IDQL)

@@ -25,6 +25,10 @@ def args_of(algorithm=gmpo, **changes):
     return helpers.args_of(algorithm, **defaults | changes)
 
 
+def predicts(algorithm, path):
+    return algorithm.PREDICTS[path] if algorithm is gmpo else "velocity"
+
+
 def drawn(n, seed, action_dim=2):
     """The noise and the times of `matching_loss`, drawn again: the seed is set to be used again, too."""
     torch.manual_seed(seed)
@@ -127,7 +131,7 @@ def test_matching_loss_is_half_the_sum_over_dimensions_by_hand(algorithm, path):
     eps, t = drawn(7, seed=5)
     loss = algorithm.matching_loss(net, obs, action, args_of(algorithm, path=path))
     alpha, sigma, d_alpha, d_sigma = (c[:, None].float() for c in hand_path(t, path))
-    target = eps if algorithm.PREDICTS[path] == "noise" else d_alpha * action + d_sigma * eps
+    target = eps if predicts(algorithm, path) == "noise" else d_alpha * action + d_sigma * eps
     out = (alpha * action + sigma * eps) * t[:, None] + obs.sum(-1, keepdim=True)
     torch.testing.assert_close(loss, ((out - target) ** 2)[:, 0] / 2 + ((out - target) ** 2)[:, 1] / 2)
     assert torch.equal(seen[0], t)
@@ -152,7 +156,7 @@ def test_matching_loss_is_smallest_at_the_conditional_expectation(algorithm, pat
     action = MEAN + torch.randn(100_000, 2, generator=seeded()) @ torch.linalg.cholesky(COV).T
 
     def loss(scale, shift):
-        net = Net(lambda x, t, obs: scale * exact_prediction(x, t, path, algorithm.PREDICTS[path]) + shift * x)
+        net = Net(lambda x, t, obs: scale * exact_prediction(x, t, path, predicts(algorithm, path)) + shift * x)
         torch.manual_seed(1)
         each = algorithm.matching_loss(net, torch.zeros(100_000, 1), action, args_of(algorithm, path=path)).detach()
         return each.clamp(max=each.quantile(0.9999)).mean().item()
@@ -173,12 +177,10 @@ def test_velocity_and_noise_are_read_from_the_same_prediction(path):
         torch.testing.assert_close(read, exact_prediction(x, times, path, name), rtol=1e-4, atol=1e-5)
 
 
-@each_file
-def test_velocity_of_vp_moves_action_and_noise(algorithm, monkeypatch):
-    monkeypatch.setitem(algorithm.PREDICTS, "vp", "noise")
+def test_velocity_of_vp_moves_action_and_noise():
     action, eps, t = torch.randn(5, 2), torch.randn(5, 2), torch.tensor(0.4)
     alpha, sigma, d_alpha, d_sigma = (c.float() for c in hand_path(t, "vp"))
-    found = algorithm.velocity(Net(lambda x, t, obs: eps), alpha * action + sigma * eps, t, torch.zeros(5, 1), "vp")
+    found = gmpo.velocity(Net(lambda x, t, obs: eps), alpha * action + sigma * eps, t, torch.zeros(5, 1), "vp")
     torch.testing.assert_close(found, d_alpha * action + d_sigma * eps, rtol=1e-4, atol=1e-4)
 
 

@@ -16,7 +16,7 @@ OBS, ACT = 3, 2
 
 
 def args_of(**changes):
-    values = dict(expectile=0.7, beta=1.0, extraction="argmax", candidates=4, diffusion_steps=5, schedule="vp")
+    values = dict(expectile=0.7, beta=1.0, extraction="argmax", candidates=4, diffusion_steps=5)
     return helpers.args_of(idql, **values | changes)
 
 
@@ -31,15 +31,12 @@ def net_of(dropout=0.1, seed=0):
     return idql.LNResNet(OBS, ACT, dropout)
 
 
-# The schedules
+# The schedule
 
 
-@pytest.mark.parametrize(
-    "schedule, expected",
-    [("vp", [0.1959, 0.4588, 0.6358, 0.7549, 0.8350]), ("cosine", [0.1013, 0.2795, 0.4736, 0.7241, 0.9990])],
-)
-def test_five_betas_are_the_papers(schedule, expected):
-    torch.testing.assert_close(idql.betas(args_of(schedule=schedule)), torch.tensor(expected), rtol=0, atol=5e-5)
+def test_five_betas_are_the_papers():
+    expected = torch.tensor([0.1959, 0.4588, 0.6358, 0.7549, 0.8350])
+    torch.testing.assert_close(idql.betas(args_of()), expected, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("steps", [5, 7, 50])
@@ -134,9 +131,8 @@ def test_policy_loss_is_the_mean_noise_loss_with_dropout_on_and_without_the_crit
     assert loss != at_seed_1(lambda: idql.policy_loss(policy.eval(), batch, args)[0])
 
 
-@pytest.mark.parametrize("schedule", ["vp", "cosine"])
-def test_sample_is_eq_17_by_hand(schedule):
-    args, obs = args_of(schedule=schedule), batch_of(64).obs
+def test_sample_is_eq_17_by_hand():
+    args, obs = args_of(), batch_of(64).obs
     net = Net(lambda x, t, obs: torch.sin(2 * x + t[:, None]) * obs[:, :ACT])
     torch.manual_seed(0)
     out = idql.sample(net, obs, args)
@@ -301,7 +297,7 @@ def test_a_run_on_the_bandit_comes_near_the_closed_form(tmp_path, monkeypatch):
     monkeypatch.setattr(idql, "LNResNet", SmallNet)
     args = idql.Args(
         env="bandit", device="cpu", run_dir=tmp_path / "run", critic_steps=600, policy_steps=3000,
-        policy_batch_size=512, policy_lr=5e-3, candidates=16, ema_rate=0.01, diffusion_steps=20, schedule="cosine",
+        policy_batch_size=512, policy_lr=5e-3, candidates=16, ema_rate=0.01, diffusion_steps=20,
         eval_every=3600,
     )  # fmt: skip
     assert idql.train(args)["eval/total_variation"] < 0.07

@@ -141,9 +141,8 @@ def test_ode_order_on_a_linear_problem():
 
 def test_unknown_method_names_the_choices():
     x = torch.zeros(1, 2)
-    for function in (samplers.ode, samplers.ode_with_log_density, samplers.log_density):
-        with pytest.raises(ValueError, match="'heun'.*euler, midpoint, rk4"):
-            function(lambda x, t: x, x, 4, method="heun")
+    with pytest.raises(ValueError, match="'heun'.*euler, midpoint, rk4"):
+        samplers.ode(lambda x, t: x, x, 4, method="heun")
 
 
 # ---- Gaussian data
@@ -356,123 +355,51 @@ def test_each_step_has_noise_of_its_own_and_the_last_has_none(sampler, monkeypat
     assert [not torch.equal(y, changed[0]) for y in changed[1:]] == [True] * 4 + [False]
 
 
-# ---- log-density
+# ---- derivative and inverse of a step
 
 
-def linear_velocity(seed=0, act_dim=3, scale=0.8):
-    """v = x K(t) + c(t), with the step's matrices I - h K."""
-    g = seeded(seed)
-    k0, k1 = scale * torch.randn(2, act_dim, act_dim, dtype=DTYPE, generator=g)
-    c = torch.randn(act_dim, dtype=DTYPE, generator=g)
-    return lambda x, t: x @ (k0 + t * k1) + torch.sin(t) * c, lambda t: k0 + t * k1
+def euler_step(network):
+    return lambda x: x - 0.125 * network(x, torch.tensor(0.5, dtype=DTYPE))
 
 
-@pytest.mark.parametrize("power", [1.0, 2.0])
-def test_log_density_of_a_linear_velocity_is_closed_form(power):
-    velocity, matrix = linear_velocity()
-    x, steps = torch.randn(6, 3, dtype=DTYPE, generator=seeded(1)), 8
-    action, log_pi = samplers.ode_with_log_density(velocity, x, steps, power=power)
-    torch.testing.assert_close(action, samplers.ode(velocity, x, steps, power=power), rtol=0, atol=1e-14)
-    nodes = [(k / steps) ** power for k in range(steps, -1, -1)]
-    zero, whole = torch.zeros(1, 3, dtype=DTYPE), torch.eye(3, dtype=DTYPE)
-    for t, s in itertools.pairwise(nodes):
-        whole = whole @ (torch.eye(3, dtype=DTYPE) - (t - s) * matrix(t))
-    normal = torch.distributions.MultivariateNormal(
-        samplers.ode(velocity, zero, steps, power=power)[0], whole.T @ whole
-    )
-    torch.testing.assert_close(log_pi, normal.log_prob(action), rtol=0, atol=1e-10)
-    # and of actions the sampler did not make
-    other = torch.randn(6, 3, dtype=DTYPE, generator=seeded(2))
-    log_mu, error = samplers.log_density(velocity, other, steps, power=power, iterations=1)  # linear: one is enough
-    torch.testing.assert_close(log_mu, normal.log_prob(other), rtol=0, atol=1e-10)
-    assert error.shape == (6,) and error.max() < 1e-13
+def test_the_jacobian_of_a_step_is_autograds():
+    step, x = euler_step(Network(4, scale=8.0)), torch.randn(32, 4, dtype=DTYPE, generator=seeded(1))
+    y, jacobian = samplers.with_jacobian(step, x)
+    torch.testing.assert_close(y, step(x))
+    for row in (0, 31):
+        torch.testing.assert_close(jacobian[row], torch.autograd.functional.jacobian(step, x[row]))
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_log_density_converges_to_the_flow_at_order_one(name):
-    offset, matrix = gaussian_flow(SCHEDULES[name], 1.0)
-    exact = torch.distributions.MultivariateNormal(offset, matrix @ matrix.T)
-    actions = MEAN + EYE
-    errors = []
-    for steps in (64, 128):
-        log_mu, _ = samplers.log_density(gaussian_velocity(SCHEDULES[name]), actions, steps, iterations=1)
-        errors.append((log_mu - exact.log_prob(actions)).norm().item())
-    assert errors[1] < 0.1 and math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.2)
+def test_invert_undoes_a_step_and_one_iteration_is_not_enough():
+    step, x = euler_step(Network(4, scale=8.0)), torch.randn(32, 4, dtype=DTYPE, generator=seeded(1))
+    y = step(x)
+    misses = [(step(samplers.invert(step, y, n)) - y).abs().max().item() for n in (1, 3, 8)]
+    assert misses[0] > 1e-2 > misses[1] > 1e-10 > misses[2]
+    torch.testing.assert_close(samplers.invert(step, y, 8), x)
 
 
-@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4"])
-@pytest.mark.parametrize("power", [1.0, 2.0])
-def test_log_density_undoes_the_sampler(method, power):
-    x = torch.randn(32, 4, dtype=DTYPE, generator=seeded(1))
-    network = Network(4, obs=torch.randn(32, 5, dtype=DTYPE, generator=seeded(2)), scale=4.0)
-    with torch.no_grad():
-        action, log_pi = samplers.ode_with_log_density(network, x, 16, method, power)
-        log_mu, error = samplers.log_density(network, action, 16, method, power)
-    assert (action - x).norm(dim=-1).min() > 0.1
-    torch.testing.assert_close(log_mu, log_pi, rtol=0, atol=1e-10)
-    assert error.max() < 1e-12
-
-
-def test_log_density_reports_an_unfinished_inversion():
-    network, action = Network(4, scale=8.0), torch.randn(32, 4, dtype=DTYPE, generator=seeded(1))
-    with torch.no_grad():
-        errors = [samplers.log_density(network, action, 8, iterations=n)[1].max().item() for n in (1, 3, 8)]
-    assert errors[0] > 1e-2 > errors[1] > 1e-10 > errors[2]
-
-
-def test_density_integrates_to_one():
-    network = Network(2, scale=2.0)
-    axis = torch.arange(-12, 12, 0.2, dtype=DTYPE)
-    with torch.no_grad():
-        log_mu, error = samplers.log_density(network, torch.cartesian_prod(axis, axis), 8)
-    assert error.max() < 1e-9
-    assert log_mu.exp().sum().item() * 0.2**2 == pytest.approx(1, abs=0.01)
-
-
-def test_kl_is_zero_at_the_warm_start_and_positive_elsewhere():
-    x = torch.randn(2000, 3, dtype=DTYPE, generator=seeded(1))
-    behaviour, policy = Network(3, scale=2.0), Network(3, scale=2.0)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, dtype=DTYPE, generator=seeded(3)))
-        action, log_pi = samplers.ode_with_log_density(policy, x, 16)
-        same = log_pi - samplers.log_density(policy, action, 16)[0]
-        kl = log_pi - samplers.log_density(behaviour, action, 16)[0]
-    assert same.abs().max() < 1e-10
-    assert kl.mean() > 5 * kl.std() / len(kl) ** 0.5
-
-
-def test_gradients_are_finite_differences():
-    network = Network(2, hidden=3, scale=3.0)
+def test_gradients_of_an_inverse_are_finite_differences():
+    network, y = Network(2, hidden=3, scale=3.0), torch.randn(2, 2, dtype=DTYPE, generator=seeded(1)).requires_grad_()
     names, values = zip(*network.named_parameters())
-    values = tuple(v.detach().requires_grad_() for v in values)
-    x = torch.randn(2, 2, dtype=DTYPE, generator=seeded(1)).requires_grad_()
 
-    def velocity(parameters):
-        return lambda x, t: functional_call(network, dict(zip(names, parameters)), (x, t))
+    def inverted(y, *parameters):
+        velocity = lambda x, t: functional_call(network, dict(zip(names, parameters)), (x, t))  # noqa: E731
+        x = samplers.invert(euler_step(velocity), y, 8)
+        return x, samplers.with_jacobian(euler_step(velocity), x)[1]
 
-    def sampled(x, *parameters):
-        return samplers.ode_with_log_density(velocity(parameters), x, 3)
-
-    def given(x, *parameters):
-        return samplers.log_density(velocity(parameters), x, 3, iterations=8)[0]
-
-    assert torch.autograd.gradcheck(sampled, (x, *values), atol=1e-7)
-    assert torch.autograd.gradcheck(given, (x, *values), atol=1e-7)
+    assert torch.autograd.gradcheck(inverted, (y, *(v.detach().requires_grad_() for v in values)), atol=1e-7)
 
 
 # ---- all of them
 
 
 def every_sampler(model, x, steps=4):
-    """A dictionary of calls without arguments: what is drawn, name -> (B, A) or a tuple that begins with it."""
+    """Name -> a function without arguments that draws (B, A)."""
     calls = {method: partial(samplers.ode, model, x, steps, method) for method in samplers.METHODS}
     for name, schedule in SCHEDULES.items():
         calls[f"ddim {name}"] = partial(samplers.ddim, model, schedule, x, steps)
         calls[f"sde {name}"] = partial(samplers.sde, model, schedule, x, steps)
         calls[f"dpm_solver_pp {name}"] = partial(samplers.dpm_solver_pp, model, schedule, x, steps)
-    calls["ode_with_log_density"] = partial(samplers.ode_with_log_density, model, x, steps)
-    calls["log_density"] = partial(samplers.log_density, model, x, steps)
     return calls
 
 
@@ -492,9 +419,6 @@ def test_models_are_called_inside_the_interval():
             expected = [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
         elif name == "rk4":
             expected = [1, 0.875, 0.875, 0.75, 0.75, 0.625, 0.625, 0.5, 0.5, 0.375, 0.375, 0.25, 0.25, 0.125, 0.125, 0]
-        elif name == "log_density":
-            times.reverse()
-            expected = [t for t in (1, 0.75, 0.5, 0.25) for _ in range(len(times) // 4)]
         else:
             top, power = (samplers.NOISE_START, 2) if " " in name else (1, 1)
             expected = [top * node**power for node in (1, 0.75, 0.5, 0.25)]

@@ -5,9 +5,11 @@ import copy
 import math
 
 import helpers
+import numpy as np
 import pytest
+import running
 import torch
-from helpers import flat, smaller_q, write_data
+from helpers import flat, smaller_q
 
 import gmpg
 import gmpo
@@ -20,16 +22,18 @@ TINY = dict(
     device="cpu", network="mlp", reward_scale=1.0, normalize_obs=True, critic_steps=STEPS, behaviour_steps=STEPS,
     policy_steps=STEPS, batch_size=8, policy_batch_size=8, sampler_steps=2, candidates=2, lr_decay=True, dropout=0.1,
     critic_lr=1e-3, behaviour_lr=2e-3, policy_lr=3e-3, expectile=0.8, discount=0.9, target_rate=0.3, beta=2.0,
-    weight_max=1.5, ema_rate=0.25, grad_norm=0.1, diffusion_steps=5, schedule="vp", extraction="argmax",
+    weight_max=1.5, ema_rate=0.25, grad_norm=0.1, diffusion_steps=5, extraction="argmax",
 )  # fmt: skip
 
 
 @pytest.fixture
 def trained(tmp_path):
     """Train a file for a few steps: its arguments and its checkpoint."""
+    terminals = np.arange(60) % 20 == 19
+    data = running.write_data(tmp_path / "data.hdf5", action_dim=2, rows=60, terminals=terminals)
 
     def run(algorithm, **changes):
-        args = helpers.args_of(algorithm, **TINY | dict(env=write_data(tmp_path / "data.hdf5")) | changes)
+        args = helpers.args_of(algorithm, **TINY | dict(env=str(data)) | changes)
         args.run_dir = tmp_path / f"{algorithm.__name__} {len(list(tmp_path.iterdir()))}"
         algorithm.train(args)
         return args, torch.load(args.run_dir / "checkpoint.pt")
