@@ -11,7 +11,7 @@ from torch import nn
 
 def files_with(name: str) -> list[ModuleType]:
     """The algorithm files that define a top-level name."""
-    files = [file for file in sync.files() if name in sync.definitions(file)]
+    files = [file for file in sync.FILES if name in sync.definitions(file)]
     return [importlib.import_module(file.removesuffix(".py")) for file in files]
 
 

@@ -163,7 +163,9 @@ def test_gmpgs_run_is_its_steps_from_the_warm_start_with_clipped_gradients(train
     check(checkpoint, critic=critic, behaviour=behaviour, policy=policy)
 
 
-def test_idqls_run_is_its_steps_with_the_average_that_acts(trained):
+def test_idqls_run_is_its_steps_with_the_average_that_acts(trained, monkeypatch):
+    actors = []
+    monkeypatch.setattr(idql, "evaluate", lambda actor, run, args: actors.append(actor) or {})
     args, checkpoint = trained(idql)
     data, critic, policy = start(idql, args, lambda: [idql.LNResNet(3, 2, args.dropout)])
     critic_step, adam = critic_stepper(critic, data, args), torch.optim.Adam(policy.parameters())
@@ -178,11 +180,10 @@ def test_idqls_run_is_its_steps_with_the_average_that_acts(trained):
     check(checkpoint, critic=critic, policy=policy, ema=ema)
     critic.load_state_dict(checkpoint["critic"])
     ema.load_state_dict(checkpoint["ema"])
-    act = idql.load_policy(args.run_dir)
-    torch.manual_seed(1)
-    found = act(data.obs[:5])
-    torch.manual_seed(1)
-    assert torch.equal(found, idql.act(ema.eval(), critic, data.obs[:5], args).detach())
+    for act in (actors[-1], idql.load_policy(args.run_dir), lambda obs: idql.act(ema.eval(), critic, obs, args)):
+        torch.manual_seed(1)
+        actors.append(act(data.obs[:5]).detach())
+    assert torch.equal(actors[-3], actors[-1]) and torch.equal(actors[-2], actors[-1])
 
 
 @pytest.mark.parametrize("algorithm", helpers.files_with("cosine"), ids=lambda module: module.__name__)
