@@ -289,18 +289,14 @@ def test_beta_0_is_behaviour_cloning():
 
 
 def test_sampled_policy_loss_is_eq_9_by_hand_with_the_critic_and_the_model_of_mu_left_alone():
-    args, obs, critic, policy = (
-        args_of(candidates=4, beta=3.0, sampler_steps=3),
-        dataset().obs,
-        make_critic(),
-        policy_of(),
-    )
-    behaviour = gmpo.make_policy(3, 2, args)
+    args, obs, critic, policy = args_of(candidates=4, beta=3.0), dataset().obs, make_critic(), policy_of()
+    own = args_of(path="vp", sampler_steps=3)  # of the model of mu
+    behaviour = gmpo.make_policy(3, 2, own)
     torch.manual_seed(6)
-    loss, metrics = gmpo.sampled_policy_loss(policy, behaviour, critic, obs, args)
+    loss, metrics = gmpo.sampled_policy_loss(policy, (behaviour, own), critic, obs, args)
     torch.manual_seed(6)
     repeated = torch.stack([s for s in obs for _ in range(4)])
-    action = gmpo.sample(behaviour, repeated, args).clamp(-1, 1).detach()
+    action = gmpo.sample(behaviour, repeated, own).clamp(-1, 1).detach()
     each, by_hand = gmpo.matching_loss(policy, repeated, action, args).view(40, 4), 0
     assert action.view(40, 4, 2).std(1).min() > 0
     for b in range(40):
@@ -316,10 +312,9 @@ def test_candidates_belong_to_their_state():
     """A model of mu on the straight path whose every sample is the action obs[:2]: dx/dt = (x - a) / t."""
     at_the_state, seen = Net(lambda x, t, s: (x - s[:, :2]) / t[:, None]), []
     policy, obs = Net(lambda x, t, s: seen.append((x, t[:, None], s)) or torch.zeros_like(x)), dataset().obs
-    args = args_of(path="icfm", solver="euler", sampler_steps=4, candidates=5)
-    critic = make_critic()
+    args, critic = args_of(path="icfm", solver="euler", sampler_steps=4, candidates=5), make_critic()
     torch.manual_seed(2)
-    gmpo.sampled_policy_loss(policy, at_the_state, critic, obs, args)
+    gmpo.sampled_policy_loss(policy, (at_the_state, args), critic, obs, args)
     torch.manual_seed(2)
     _, eps, (x, t, s) = torch.randn(200, 2), torch.randn(200, 2), seen[0]
     assert torch.equal(s, torch.stack([row for row in obs for _ in range(5)]))
