@@ -290,7 +290,7 @@ def test_beta_0_is_behaviour_cloning():
 
 def test_sampled_policy_loss_is_eq_9_by_hand_with_the_critic_and_the_model_of_mu_left_alone():
     args, obs, critic, policy = args_of(candidates=4, beta=3.0), dataset().obs, make_critic(), policy_of()
-    own = args_of(path="vp", sampler_steps=3)  # of the model of mu
+    own = args_of(solver="ddim", sampler_steps=3)  # of the model of mu
     behaviour = gmpo.make_policy(3, 2, own)
     torch.manual_seed(6)
     loss, metrics = gmpo.sampled_policy_loss(policy, (behaviour, own), critic, obs, args)
