@@ -2,28 +2,24 @@
 
 The policy, action = clip(W (obs - mean) / std, -1, 1), runs well: its return is the 100 of the demo's score. In the
 data it is disturbed: each action is a random one with a probability of 0.1, 0.3, 0.5 or 0.7, the same for an episode.
-So every state has good actions and bad ones, cloning copies both, and the data allow better than their best episode.
+So cloning copies bad actions along with good ones, and the data allow better than their best episode.
 
-halfcheetah_linear.npz holds W (6, 17), mean and std (17,). They were found by augmented random search (Mania et al.,
-2018, arXiv:1803.07055, V2-t: 60 iterations of 32 directions, the best 8 kept, step 0.02, noise 0.03, episodes of 500
-steps), in `make("halfcheetah")`, every tenth action of the search reversed, so that what is found stands
-disturbance.
+halfcheetah_linear.npz holds W (6, 17), mean and std (17,), found by augmented random search (Mania et al., 2018,
+arXiv:1803.07055, V2-t: 60 iterations of 32 directions, the best 8 kept, step 0.02, noise 0.03, episodes of 500 steps)
+in `make("halfcheetah")`. Every tenth action of the search was reversed, to find a policy that stands disturbance.
 """
 
 from pathlib import Path
 
-import h5py
 import numpy as np
 from tqdm import trange
 
-from common import environments
+from common import environments, remade
 
 NAME = "halfcheetah-demo"
 EPISODES = 60  # of 1000 steps
 RANDOM_SHARES = (0.1, 0.3, 0.5, 0.7)  # the probability of a random action; every fourth episode has the same
 NOISE = 0.05  # standard deviation, on every action
-
-
 with np.load(Path(__file__).with_name("halfcheetah_linear.npz")) as file:
     W, MEAN, STD = file["W"], file["mean"], file["std"]
 
@@ -47,8 +43,4 @@ def generate(path: Path, episodes: int = EPISODES, seed: int = 0) -> None:
             for key, value in zip(rows, (obs, action, reward, terminal, timeout)):
                 rows[key].append(value)
             obs = next_obs
-    with h5py.File(path, "w") as file:
-        for key, values in rows.items():
-            array = np.array(values)
-            array = array if array.dtype == bool else array.astype(np.float32)
-            file.create_dataset(key, data=array, compression="gzip")
+    remade.write(path, {key: np.array(rows[key], bool if key[0] == "t" else np.float32) for key in rows})

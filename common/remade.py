@@ -9,7 +9,6 @@ agents.npz holds the weights, as float16. benchmarks/agents.py trained and chose
 and what each of them returns.
 """
 
-import os
 from pathlib import Path
 
 import h5py
@@ -89,10 +88,7 @@ def generate(name: str, path: Path, rows: int = ROWS, seed: int = 0) -> None:
 
 
 def write(path: Path, columns: dict[str, np.ndarray]) -> None:
-    """Write the columns, N rows each, to an HDF5 file; a killed run leaves no half of it under that name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two first runs at once write a file each
-    with h5py.File(temporary, "w") as file:
+    """Write the columns, N rows each, to an HDF5 file."""
+    with h5py.File(path, "w") as file:
         for key, column in columns.items():
             file.create_dataset(key, data=column, compression="gzip")
-    os.replace(temporary, path)
