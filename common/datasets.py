@@ -20,11 +20,11 @@ import numpy as np
 import pooch
 import requests
 import torch
-from gymnasium.spaces import Box, Dict, Space, Tuple, flatten
+from gymnasium.spaces import Box, Dict, Space, Tuple, flatdim, flatten
 from torch import Tensor
 
 from common import UserError, bandit, demo, environments, mazes, remade
-from common.environments import MINARI, flat_space, minari_dataset, minari_download
+from common.environments import MINARI, minari_dataset
 
 # key -> number of dimensions; only timeouts may be missing
 RANKS = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1, "timeouts": 1}
@@ -234,9 +234,9 @@ def read_minari(name: str) -> dict[str, np.ndarray]:
     `minari_dataset` does, and for episodes that are damaged or hold NaN or inf.
     """
     dataset = minari_dataset(name)
-    obs, action = flat_space(dataset.observation_space), dataset.action_space
+    action = dataset.action_space
     centre, half = (action.high + action.low) / 2, (action.high - action.low) / 2  # (A,) each
-    sizes = {"observations": obs.shape, "actions": action.shape, "rewards": ()}
+    sizes = {"observations": (flatdim(dataset.observation_space),), "actions": action.shape, "rewards": ()}
     n, end = dataset.total_steps + dataset.total_episodes, 0
     raw = {key: np.zeros((n, *shape), np.float32) for key, shape in sizes.items()}
     raw |= {key: np.zeros(n, bool) for key in ("terminals", "timeouts")}
@@ -251,7 +251,8 @@ def read_minari(name: str) -> dict[str, np.ndarray]:
             if bad := [key for key in sizes if not np.isfinite(raw[key][start:end]).all()]:
                 raise UserError(f"{name}: {bad[0]} is NaN or infinite in episode {episode.id}; remove that episode")
     except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:  # h5py's and numpy's
-        raise UserError(f"{name} is damaged ({error}); get it again by: {minari_download(name)}") from None
+        command = f"minari download {name.removeprefix(MINARI)}"
+        raise UserError(f"{name} is damaged ({error}); get it again by: {command}") from None
     return raw
 
 

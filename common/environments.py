@@ -65,52 +65,43 @@ def evaluation_env(env: str, eval_env: str | None) -> str | None:
     """
     if env == "bandit":
         return None
-    from_minari = env.startswith(MINARI)
+    from_minari = env.startswith(MINARI) and minari_dataset(env)
     file = Path(env).suffix or Path(env).is_file()  # a file's name says nothing about its data
-    name = eval_env or (env if from_minari or file else task(env))
-    problem = None
-    if eval_env is None and not (minari_dataset(env).env_spec if from_minari else name in ENVIRONMENTS):
-        problem = "no environment for it is known here"
-    elif name:
-        try:
-            make(name).close()
-        except UserError as error:
-            if not from_minari or eval_env:
-                raise
-            problem = error
-    if problem:
-        print(f"{env} is trained without a score: {problem}; --eval-env names one")
-    return None if problem else name
+    name = eval_env or (env if from_minari else None if file else task(env))
+    try:
+        if name is None:
+            raise UserError("no environment for it is known here; --eval-env names one")
+        make(name).close()
+    except UserError as error:
+        if name and (eval_env or not from_minari):
+            raise
+        print(f"{env} is trained without a score: {error}")
+        return None
+    return name
 
 
 def normalized_score(returns: float | np.ndarray, name: str) -> float | np.ndarray | None:
     """D4RL's score (Fu et al., arXiv:2004.07219): 0 for a random policy, 100 for an expert.
 
-    `returns` are undiscounted, unscaled sums of reward, of any shape. `name` is that of the task they were made in: a
-    key of ENVIRONMENTS or a dataset's name. None for a name without reference returns, such as a Gymnasium id.
-    A Minari dataset brings its own reference returns, or none.
+    `returns` are undiscounted, unscaled sums of reward, of any shape, in `make(name)` or in a D4RL dataset `name`. None
+    for a name without reference returns, such as a Gymnasium id; a Minari dataset brings its own, or none.
     """
-    reference = ENVIRONMENTS.get(name) or ENVIRONMENTS.get(task(name))
     if name.startswith(MINARI):
         metadata = minari_dataset(name).storage.metadata
-        reference = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-        reference = None if None in reference else reference
-    if reference is None:
-        return None
-    low, high = reference
-    return 100 * (returns - low) / (high - low)
+        low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    else:
+        low, high = ENVIRONMENTS.get(task(name), (None, None))
+    return None if None in (low, high) else 100 * (returns - low) / (high - low)
 
 
 def make(name: str, render_mode: str | None = None, own_units: bool = False) -> gymnasium.Env:
-    """The environment of a D4RL task (a key of ENVIRONMENTS), or of any Gymnasium id (`Pendulum-v1`, `module:Id-v0`).
+    """The environment of a D4RL task (a key of ENVIRONMENTS), of a Gymnasium id (`Pendulum-v1`, `module:Id-v0`), or of
+    a local Minari dataset (`minari:NAME`), as its metadata has it.
 
-    `minari:NAME` is the environment that this local dataset was made for, as its metadata has it.
-
-    Observations are (O,), as the environment gives them; a Dict is flattened as by FlattenObservation. Actions are (A,)
-    in [-1, 1], clipped before they reach the environment, so that its control cost is that of the clipped action, as in
-    D4RL. Policies act in [-1, 1] and a dataset's actions are in [-1, 1] too: an environment with other bounds is
-    rescaled to them, unless it is to take actions in its `own_units`. An episode has at most 1000 steps in locomotion,
-    100 in pen, 200 in the rest of Adroit, 280 in Kitchen; mazes differ.
+    Observations are (O,); a Dict is flattened as by FlattenObservation. Actions are (A,) in [-1, 1]. They are clipped
+    before they reach the environment, so that its control cost is that of the clipped action, as in D4RL, and rescaled
+    to its bounds; with `own_units` neither is done. An episode has at most 1000 steps in locomotion, 100 in pen, 200 in
+    the rest of Adroit, 280 in Kitchen; mazes differ.
 
     Raises UserError: no such environment; a package it needs is missing; observations or actions that are no vectors,
     or actions without bounds.
@@ -129,24 +120,20 @@ def make(name: str, render_mode: str | None = None, own_units: bool = False) -> 
         raise
     except Exception as error:  # whatever the constructor of somebody's environment raises
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(f"the environment {name!r} can't be made ({reason})") from error
+        raise UserError(f"the environment {name!r} can't be made ({reason}); mend that, or give another") from error
 
     if name in LOCOMOTION:
         restore_capsules(env.unwrapped.model, mujoco.MjSpec.from_file(env.unwrapped.fullpath))
         restore_contacts(env.unwrapped.model)
     if name == "ant":  # D4RL's 111 numbers end in 84 contact forces, which MuJoCo 2.1.0 left at zero
         space = Box(-np.inf, np.inf, (111,), np.float64)
-        env = TransformObservation(env, lambda obs: np.concatenate([obs, np.zeros(84)]), space)
+        env = TransformObservation(env, lambda obs: np.pad(obs, (0, 84)), space)
 
-    if isinstance(env.observation_space, Dict):
-        env = FlattenObservation(env)
-    obs, action = env.observation_space, env.action_space
-    flat = all(isinstance(space, Box) and len(space.shape) == 1 for space in (obs, action))
-    if not (flat and action.is_bounded()):
-        raise UserError(f"{name!r} has observations {obs} and actions {action}: both must be vectors, actions bounded.")
+    _check_vectors(name, env.observation_space, env.action_space)
+    env = FlattenObservation(env) if isinstance(env.observation_space, Dict) else env
     if own_units:
         return env
-    if np.any(action.low != -1) or np.any(action.high != 1):
+    if np.any(env.action_space.low != -1) or np.any(env.action_space.high != 1):
         env = RescaleAction(env, np.float32(-1), np.float32(1))
     # gymnasium's ClipAction would clip as well, but then call the action space infinite
     return TransformAction(env, lambda a: np.clip(a, -1, 1), env.action_space)
@@ -162,29 +149,22 @@ def minari_dataset(name: str):
         import minari
     except ImportError:
         raise UserError(f'{name} needs an optional package: pip install "minari[hf]==0.5.4"') from None
+    download = f"minari download {name.removeprefix(MINARI)}"
     try:
         dataset = minari.load_dataset(name.removeprefix(MINARI))
     except FileNotFoundError:
-        raise UserError(f"{name} is not on this machine; get it by: {minari_download(name)}") from None
+        raise UserError(f"{name} is not on this machine; get it by: {download}") from None
     except Exception as error:  # whatever a damaged or foreign folder makes minari and gymnasium raise
-        raise UserError(
-            f"{name} can't be read ({error}); mend that or get it again by: {minari_download(name)}"
-        ) from None
-    obs, action = flat_space(dataset.observation_space), dataset.action_space
-    flat = all(isinstance(space, Box) and len(space.shape) == 1 for space in (obs, action))
-    if not (flat and action.is_bounded()):
-        raise UserError(f"{name} has observations {obs} and actions {action}: both must be vectors, actions bounded")
+        raise UserError(f"{name} can't be read ({error}); mend that or get it again by: {download}") from None
+    _check_vectors(name, dataset.observation_space, dataset.action_space)
     return dataset
 
 
-def flat_space(space: Space) -> Space:
-    """A Dict as the vector that FlattenObservation makes of it, other spaces as they are."""
-    return flatten_space(space) if isinstance(space, Dict) else space
-
-
-def minari_download(name: str) -> str:
-    """The command that gets it."""
-    return f"minari download {name.removeprefix(MINARI)}"
+def _check_vectors(name: str, obs: Space, action: Space) -> None:
+    flat_obs = flatten_space(obs) if isinstance(obs, Dict) else obs
+    flat = all(isinstance(space, Box) and len(space.shape) == 1 for space in (flat_obs, action))
+    if not (flat and action.is_bounded()):
+        raise UserError(f"{name} has observations {obs} and actions {action}: both must be vectors, actions bounded")
 
 
 def _recover(name: str, options: dict) -> gymnasium.Env:
@@ -240,30 +220,28 @@ def renderer() -> str | None:
 
 
 @torch.no_grad()
-def rollout(
-    actor: Callable, name: str, episodes: int, seed: int, device: str = "cpu", limit: int = 1000
-) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+def rollout(actor: Callable, name: str, episodes: int, seed: int, device="cpu", limit=1000) -> tuple:
     """Play E episodes in `make(name)`, all in lock-step, with one call of `actor` a step, (E, O) -> (E, A) in [-1, 1].
 
-    Returns their undiscounted returns (E,) and, for mazes, the way of each episode (T, 2) and its goal (2,). `limit`
-    ends episodes of an environment that has no limit of its own.
+    Returns their undiscounted returns (E,) and, for mazes, two lists: each episode's way (T, 2) and its goal (2,).
+    `limit` ends episodes of an environment that has no limit of its own.
     """
     envs = gymnasium.vector.SyncVectorEnv([partial(make, name)] * episodes)
-    if getattr(envs.envs[0].spec, "max_episode_steps", None) is None:
+    own_limit = getattr(envs.envs[0].spec, "max_episode_steps", None)
+    if not own_limit:
         print(f"{name} has no time limit: an episode ends after {limit} steps (--eval-steps)")
-    else:
-        limit = sys.maxsize
-    obs, _ = envs.reset(seed=[int(k) for k in np.random.SeedSequence(seed).generate_state(episodes)])
+    obs, _ = envs.reset(seed=np.random.SeedSequence(seed).generate_state(episodes).tolist())
     goals = [env.unwrapped.target for env in envs.envs] if name in mazes.TASKS else []
-    total, over, ways, step = np.zeros(episodes), np.zeros(episodes, bool), [[] for _ in goals], 0
-    while not over.all() and step < limit:
+    total, over, ways = np.zeros(episodes), np.zeros(episodes, bool), [[] for _ in goals]
+    for _ in range(own_limit or limit):
         for k in np.flatnonzero(~over[: len(ways)]):
             ways[k].append(obs[k, :2])
         action = actor(torch.as_tensor(obs, dtype=torch.float32, device=device))
         obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
         total += reward * ~over  # a finished environment starts again; those rewards do not count
         over |= terminated | truncated
-        step += 1
+        if over.all():
+            break
     envs.close()
     return total, [np.array(way) for way in ways], goals
 
@@ -275,11 +253,8 @@ def score_metrics(returns: np.ndarray, name: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def record(actor: Callable, name: str, seed: int, folder: Path, device: str = "cpu", limit: int = 1000) -> None:
-    """One episode in `make(name)` as video.mp4 in `folder`, played by `actor`, (1, O) -> (1, A) in [-1, 1].
-
-    `check_video` comes first, before any training.
-    """
+def record(actor: Callable, name: str, seed: int, folder: Path, device="cpu", limit=1000) -> None:
+    """One episode in `make(name)` as video.mp4 in `folder`, played as by `rollout`; `check_video` comes first."""
     import imageio.v2 as imageio
 
     env = make(name, "rgb_array")
