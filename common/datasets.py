@@ -10,6 +10,7 @@ import csv
 import difflib
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,17 +24,16 @@ import torch
 from gymnasium.spaces import Box, Dict, Space, Tuple, flatdim, flatten
 from torch import Tensor
 
-from common import UserError, bandit, demo, environments, mazes, remade
+from common import UserError, bandit, demo, environments, mazes, remade, robotics
 from common.environments import MINARI, minari_dataset
 
 # key -> number of dimensions; only timeouts may be missing
 RANKS = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1, "timeouts": 1}
 NEXT = "next_observations"  # read in own files only: D4RL's rule ignores those of its files
 ACTION_LIMIT = 1 - 1e-5  # atanh and log-densities at exactly 1 are infinite
-UNSCALED = ("pen", "hammer", "door", "relocate", "adroit", "kitchen", "maze2d")
+UNSCALED = (*robotics.ADROIT, "adroit", "kitchen", "maze2d")
 # the longest episode of a D4RL task, by the beginning of its name; 1000 for all others
-STEP_LIMITS = {"pen": 100, "hammer": 200, "door": 200, "relocate": 200, "kitchen": 280}
-STEP_LIMITS |= {name: task.max_steps for name, task in mazes.TASKS.items()}
+STEP_LIMITS = robotics.ADROIT | {"kitchen": 280} | {name: task.max_steps for name, task in mazes.TASKS.items()}
 # name of a dataset that is made at first use -> what writes its file, given the name and a path
 MADE_HERE = dict.fromkeys(mazes.REMADE, mazes.generate) | dict.fromkeys(remade.NAMES, remade.generate)
 MADE_HERE[demo.NAME] = lambda _, path: demo.generate(path)
@@ -106,9 +106,8 @@ class Dataset:
 def load(name_or_path, device="cpu", eval_env=None, allow_unverified=False, reward_scale=None, rescale_actions=False):
     """The Dataset of bandit, a D4RL task, a key of MADE_HERE, minari:NAME, or an HDF5 or .npz file with RANKS' keys.
 
-    The reward rule (see `transitions`) follows the task's name; for an own file it follows `eval_env` if that begins
-    with a D4RL family such as antmaze or pen, else it is locomotion's: beta is a temperature on scaled rewards. For
-    Minari it follows `eval_env`, else the dataset's name. A number `reward_scale` multiplies the rewards instead.
+    The reward rule (see `transitions`) follows the task's name; for Minari and own files it follows any `eval_env`,
+    else Minari's name; an own file without has locomotion's. A number `reward_scale` multiplies the rewards instead.
 
     Actions are clipped to +-ACTION_LIMIT. D4RL's are only that, as in the reference code; Minari's are rescaled from
     the bounds it states; an own file's must be in [-1, 1], or in the bounds of `eval_env` with `rescale_actions`.
@@ -120,20 +119,21 @@ def load(name_or_path, device="cpu", eval_env=None, allow_unverified=False, rewa
         data = bandit.make_data()
         return Dataset(*data, device, facts=_facts("bandit", data[2].numpy(), "as they are"))
     source, task, own = Path(name_or_path).expanduser(), name_or_path, False
-    if task in MADE_HERE or task in TASKS:
-        source = cache_folder() / f"{task}.hdf5"
-        source = _task_file(task, TASKS[task], allow_unverified) if task in TASKS else source
+    if task in TASKS or task in MADE_HERE:
+        source = _task_file(task, allow_unverified) if task in TASKS else cache_folder() / f"{task}.hdf5"
         if not source.exists():
             _write(source, partial(MADE_HERE[task], task))
         raw = read_file(source)
     elif task.startswith(MINARI):
-        raw, source, task = read_minari(task), task, _minari_task(eval_env or task)
+        raw, source, task = read_minari(task), task, eval_env or task
     elif os.path.exists(source):  # unlike Path.exists, False for a name that is too long
-        raw, task, own = read_file(source, RANKS | {NEXT: 2}), _minari_task(eval_env or ""), True
+        raw, task, own = read_file(source, RANKS | {NEXT: 2}), eval_env or "", True
         _check_actions(raw["actions"], source, eval_env, rescale_actions)
     else:
         close = " or ".join(difflib.get_close_matches(task, [*TASKS, *MADE_HERE])) or "hopper-medium-v2 or minari:NAME"
         raise UserError(f"{task} is neither a file that exists nor the name of a dataset, such as {close}")
+    if task.startswith(MINARI):  # minari:D4RL/pen/human-v2 -> pen-human-v2, D4RL's own way of naming it
+        task = task.removeprefix(MINARI).removeprefix("D4RL/").replace("/", "-")
     return transitions(raw, task, device, source, reward_scale, own)
 
 
@@ -163,7 +163,7 @@ def read_file(path: str | Path, ranks: dict[str, int] = RANKS) -> dict[str, np.n
         with open(path, "rb") as start:
             zipped = start.read(2) == b"PK"
         with np.errstate(over="ignore"), np.load(path) if zipped else h5py.File(path, "r") as file:
-            return {key: _read(path, key, data) for key, data in _checked_layout(path, file, ranks).items()}
+            return {key: _read(path, key, column) for key, column in _columns(path, file, ranks).items()}
     except UserError:
         raise
     except Exception as error:  # h5py's and numpy's, depending on where the damage lies
@@ -171,7 +171,7 @@ def read_file(path: str | Path, ranks: dict[str, int] = RANKS) -> dict[str, np.n
         raise UserError(f"{path} can't be read ({error}); {wanted}") from None
 
 
-def _checked_layout(path: str | Path, file, ranks: dict[str, int]) -> dict:
+def _columns(path: str | Path, file, ranks: dict[str, int]) -> dict:
     found = {key: data for key in ranks if hasattr(data := file.get(key), "shape")}
     missing = [key for key in ranks if key not in found and key not in ("timeouts", NEXT)]
     if missing:
@@ -191,12 +191,12 @@ def _checked_layout(path: str | Path, file, ranks: dict[str, int]) -> dict:
     return found
 
 
-def _read(path: str | Path, key: str, data) -> np.ndarray:
-    array = data[...].astype(np.float32)
+def _read(path: str | Path, key: str, column) -> np.ndarray:
+    array = column[...].astype(np.float32)
     array = array.ravel() if RANKS.get(key) == 1 else array
-    if not np.isfinite([array.min(), array.max()]).all():  # both are NaN if any entry is, and cost no memory
-        row = np.argwhere(~np.isfinite(array))[0][0]
-        raise UserError(f"{path}: {key} is NaN or infinite, first in row {row}; mend or remove that episode")
+    bad = np.argwhere(~np.isfinite(array))
+    if len(bad):
+        raise UserError(f"{path}: {key} is NaN or infinite, first in row {bad[0, 0]}; mend or remove that episode")
     return array != 0 if key in ("terminals", "timeouts") else array
 
 
@@ -229,9 +229,8 @@ def _check_actions(action: np.ndarray, path: Path, eval_env: str | None, rescale
 def read_minari(name: str) -> dict[str, np.ndarray]:
     """The episodes of `minari:NAME` one after the other, in the layout of `read_file`; actions rescaled to [-1, 1].
 
-    Minari stores the observation after the last action too. An episode of T steps becomes T + 1 rows: the last one is
-    that observation alone, marked as the timeout, which `transitions` drops: so no step is lost. Raises UserError as
-    `minari_dataset` does, and for episodes that are damaged or hold NaN or inf.
+    Minari stores the observation after the last action too: a row of its own here, marked as a timeout, which
+    `transitions` drops, so that no step is lost. Raises UserError as `minari_dataset` does, and for damaged episodes.
     """
     dataset = minari_dataset(name)
     action = dataset.action_space
@@ -264,28 +263,22 @@ def _flat(space: Space, values) -> np.ndarray:
     return values.reshape(len(values), -1) if isinstance(space, Box) else np.array([flatten(space, x) for x in values])
 
 
-def _minari_task(name: str) -> str:
-    """`minari:D4RL/pen/human-v2` -> `pen-human-v2`, D4RL's own way of naming it; other names as they are."""
-    return name.removeprefix(MINARI).removeprefix("D4RL/").replace("/", "-") if name.startswith(MINARI) else name
-
-
 def transitions(raw, name="", device="cpu", source="the data", reward_scale=None, own=False) -> Dataset:
     """The rule of D4RL's `qlearning_dataset` on the arrays `raw` of `read_file`.
 
     `name` is a task or family of D4RL's. next_obs is the next row's observation; a row with a timeout is dropped, and
     the last row; terminal rows stay, with done = 1. Without the key timeouts an episode ends STEP_LIMITS steps after
     the last terminal or timeout (after a terminal D4RL counts one too few: not copied). In `own` data a terminal row
-    stays though it is a timeout, too, or the last row; and where next_observations contradict the next row, with no
-    mark to say why, they are used, and an episode ends.
+    always stays; and where next_observations contradict an unmarked row's next one, they are used: an episode ends.
 
     Rewards: antmaze r - 1; UNSCALED as they are; all others (locomotion) times 1000 / (max - min return), of the
     episodes as cut here, so that 1000 steps up to a timeout count 999; `reward_scale`, if given, is the factor instead.
     Raises UserError if no transition is left.
     """
     obs, reward, terminals, timeouts = raw["observations"], raw["rewards"], raw["terminals"], raw.get("timeouts")
-    stored, jumps = raw.get(NEXT) if own else None, np.zeros(len(obs), bool)
-    if stored is not None:
-        jumps[:-1] = ~np.isclose(stored[:-1], obs[1:]).all(1)
+    jumps = np.zeros(len(obs), bool)
+    if NEXT in raw:
+        jumps[:-1] = ~np.isclose(raw[NEXT][:-1], obs[1:]).all(1)
     if timeouts is None and jumps.any():
         timeouts = np.zeros_like(jumps)
     elif timeouts is None:
@@ -300,9 +293,13 @@ def transitions(raw, name="", device="cpu", source="the data", reward_scale=None
     keep[-1:] = own and terminals[-1:]
     if not keep.any():
         raise UserError(f"{source}: every row is a timeout or the last one, so that no transition is left; mend them")
-    returns = _returns(reward, terminals | timeouts | jumps, keep) if jumps.mean() < 0.5 else None
+    returns = None
+    if jumps.mean() < 0.5:  # each episode's sum of kept rewards; one without a kept row has none
+        last = terminals | timeouts | jumps
+        episode = (np.cumsum(last) - last)[keep]
+        returns = np.add.reduceat(reward[keep].astype(np.float64), np.flatnonzero(np.diff(episode, prepend=-1)))
     reward, rule = _scaled(reward, returns, name.split("-")[0], reward_scale)
-    facts, next_obs = _facts(source, returns, rule), stored if jumps.any() else None
+    facts, next_obs = _facts(source, returns, rule), raw[NEXT] if jumps.any() else None
     dataset = Dataset(obs, raw["actions"], reward, next_obs, terminals, device, np.flatnonzero(keep), facts)
     dataset.action.clamp_(-ACTION_LIMIT, ACTION_LIMIT)  # in place: a clipped copy of the raw actions would cost memory
     return dataset
@@ -315,12 +312,6 @@ def _timeouts_by_limit(terminals: np.ndarray, limit: int) -> np.ndarray:
     return (row - start) % limit == limit - 1
 
 
-def _returns(reward: np.ndarray, last: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Each episode's sum of kept rewards, float64; `last` (N,) marks their ends. One without a kept row has none."""
-    episode = (np.cumsum(last) - last)[keep]
-    return np.add.reduceat(reward[keep].astype(np.float64), np.flatnonzero(np.diff(episode, prepend=-1)))
-
-
 def _scaled(reward: np.ndarray, returns: np.ndarray | None, family: str, scale: float | None) -> tuple[np.ndarray, str]:
     """The rewards by the rule of `family`, or times `scale`, and the rule in words."""
     if scale is not None:
@@ -331,7 +322,7 @@ def _scaled(reward: np.ndarray, returns: np.ndarray | None, family: str, scale: 
         return reward, f"as they are ({family}'s rule)"
     if returns is None:
         return reward, "as they are (no episodes, no returns to scale by: --reward-scale gives a factor)"
-    spread = returns.max() - returns.min()
+    spread = np.ptp(returns)
     if spread <= 1e-6 * np.abs(returns).max():  # float32's rounding is no spread
         return reward, "as they are (all returns are equal)"
     return reward * np.float32(1000 / spread), f"times 1000 / {spread:.6g}, the returns' spread (locomotion's rule)"
@@ -346,28 +337,24 @@ def _facts(source: str | Path, returns: np.ndarray | None, rule: str) -> dict:
 
 
 def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` a file under a temporary name, then give it its own: a killed run never leaves half of it."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two first runs at once write a file each
+    """`write` a file in a temporary folder, then move it to `path`: a killed run never leaves half of it there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()  # a folder that can't be written is found before the work
-        write(temporary)
-        os.replace(temporary, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # if it can't, no work is lost
+            write(Path(folder) / path.name)
+            os.replace(Path(folder) / path.name, path)
     except OSError as error:
         advice = "make room, or choose another folder by $D4RL_DATASET_DIR"
         raise UserError(f"{path} can't be written ({error.strerror or error}); {advice}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
-def _task_file(name: str, task: dict[str, str], allow_unverified: bool) -> Path:
+def _task_file(name: str, allow_unverified: bool) -> Path:
     """The path of a task's file, downloaded if need be, and checked."""
-    path, published = cache_folder() / task["url"].rsplit("/", 1)[1], task["sha256"]
+    path, published = cache_folder() / TASKS[name]["url"].rsplit("/", 1)[1], TASKS[name]["sha256"]
     if not published:
         print(f"no checksum is known for {name}: {path} can't be verified")
     if not path.exists():
-        _write(path, lambda temporary: _download(task, path, temporary))
+        _write(path, lambda temporary: _download(TASKS[name], path, temporary))
     elif published and (found := pooch.file_hash(str(path))) != published:
         problem = f"{path} is not the file that D4RL published: sha256 {found}, published {published}"
         if not allow_unverified:
@@ -386,7 +373,6 @@ def _download(task: dict[str, str], path: Path, temporary: Path) -> None:
     known_hash, failures = f"sha256:{sha256}" if sha256 else None, []
     for url in [task["url"]] + [f"{mirror.rstrip('/')}/{path.name}"] * bool(mirror):
         print(f"downloading {url} ({size}) to {path}")
-        temporary.unlink(missing_ok=True)  # pooch takes a file that is there for the one that is wanted
         try:
             pooch.retrieve(url, known_hash, fname=temporary.name, path=temporary.parent, downloader=downloader)
             return

@@ -750,7 +750,7 @@ def test_a_full_disk(folder, monkeypatch):
         pytest.skip("no /dev/full here")
 
     def generate(path):
-        path.unlink()
+        assert not path.exists()
         path.symlink_to("/dev/full")
         path.write_bytes(bytes(100_000))
 
