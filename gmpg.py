@@ -6,7 +6,7 @@
     python gmpg.py --critic runs/halfcheetah-demo/iql_critic/seed0   with a critic that is there already
 
 Paper: Zhang et al., "Revisiting Generative Policies: A Simpler Reinforcement Learning Algorithmic Perspective",
-arXiv:2412.01245.
+arXiv:2412.01245; the reference code is its authors' GenerativeRL.
 
 Offline RL: D holds transitions (s, a, r, s', d) of an unknown behaviour policy mu(a|s), and nothing more is ever
 collected. GMPO (gmpo.py) re-weights the data's actions; GMPG climbs to the same optimum, mu exp(beta Q) / Z, by the
@@ -18,7 +18,7 @@ gradient of E[Q(s, a)] - KL(pi || mu) / beta, through every step of the sampler 
     (3)  Q' <- (1 - target_rate) Q' + target_rate Q          the target critic follows slowly
   generative model of actions; time runs from t = 0, the action, to t = 1, the noise eps ~ N(0, I)
     (4)  x_t = alpha_t a + sigma_t eps                       the path
-    (5)  l(s, a) = 1/2 |net(x_t, t, s) - target|^2           target: velocity alpha'_t a + sigma'_t eps, or noise eps
+    (5)  l(s, a) = 1/2 |net(x_t, t, s) - target|^2           target: the velocity alpha'_t a + sigma'_t eps
     (6)  dx/dt = velocity(x, t, s), from t = 1 to t = 0      noise becomes an action
   policy, started as a copy of the model of mu
     (12) z_{k+1} = z_k - (t_k - t_{k+1}) velocity(z_k, t_k, s)  Euler's steps of Eq. (6): z_0 is noise, z_n the action
@@ -71,7 +71,7 @@ class Args(RunArgs):
     path: Literal["vp", "gvp", "icfm"] = "gvp"
     """Eq. (4): vp variance-preserving diffusion, gvp trigonometric path, icfm straight line"""
     network: Literal["mlp", "paper"] | None = None
-    """paper: the U-shaped net of the reference code, the state through 32 numbers; mlp: the state beside the action"""
+    """paper: the reference code's U-shaped net, the state squeezed into 32 numbers; mlp: the state beside the action"""
     sampler_steps: Count | None = None
     """steps of the sampler"""
     act_noise: Amount = 1.0
@@ -101,11 +101,11 @@ OURS = dict(
     eval_every=100,
 )  # fmt: skip
 
-# What an argument that is None becomes: what "*" says, unless the entry that fits --env best says otherwise: its name,
-# else its kind ("own data": a file; "remade", "maze2d-remade": made on the spot), else its family (antmaze).
+# What an argument that is None becomes: "*", changed by the first entry that exists of: the dataset's name; "own data",
+# for a file; "maze2d-remade" or "remade", for hopper-medium-remade and its like; its first word, such as antmaze.
 SETTINGS = {
-    # The reference code's; its loss has (log pi - log mu) / (A ln 2), so its beta times A ln 2 is this one. The budget
-    # is ours, untried on D4RL's data: its up to 24 500 updates of 40 960 states and 999 steps take a GPU months.
+    # The reference code's values. Its loss divides the KL by A ln 2, so that beta here is its beta times A ln 2. Its
+    # budget, up to 24 500 updates of 40 960 states and 999 steps, takes a GPU months; this one is ours, and untried.
     "*": dict(
         critic_lr=3e-4, critic_steps=1_000_000, behaviour_steps=500_000, behaviour_lr=1e-4, policy_steps=10_000,
         policy_lr=1e-5, batch_size=4096, policy_batch_size=1024, expectile=0.7, beta=16.6, normalize_obs=False,
@@ -209,7 +209,7 @@ class StateMLP(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
-        self.normalize, self.action_dim = Normalize(obs_dim), action_dim
+        self.normalize, self.obs_dim, self.action_dim = Normalize(obs_dim), obs_dim, action_dim
         self.register_buffer("frequencies", math.pi * torch.arange(1, 9))
         first, last = nn.Linear(action_dim + 16 + obs_dim, 256), nn.Linear(256, action_dim)
         between = [nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU()]
@@ -239,7 +239,7 @@ class PaperNet(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
-        self.normalize, self.action_dim = Normalize(obs_dim), action_dim
+        self.normalize, self.obs_dim, self.action_dim = Normalize(obs_dim), obs_dim, action_dim
         self.register_buffer("frequencies", 30 * 2 * math.pi * torch.randn(16))
         self.condition = nn.Linear(obs_dim, 32)
         self.embed = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 128))
@@ -296,7 +296,7 @@ def matching_loss(net: nn.Module, obs: Tensor, action: Tensor, args: Args) -> Te
     """Eq. (5) of each sample, summed over action dimensions: (B, O), (B, A) -> (B,)."""
     # differs from the reference code: there icfm adds noise of 0.1 to x_t, which blurs the learnt actions by as much
     eps = torch.randn_like(action)
-    t = 1e-5 + (1 - 1e-5) * torch.rand(len(action), device=action.device)  # (B,); sigma'_t of vp is infinite at 0
+    t = 1e-5 + (1 - 1e-5) * torch.rand(len(action), device=action.device)  # (B,); from 1e-5, as in the reference code
     alpha, sigma = alpha_sigma(t[:, None], args.path)
     d_alpha, d_sigma = d_alpha_sigma(t[:, None], args.path)
     x = alpha * action + sigma * eps  # Eq. (4)
@@ -327,12 +327,12 @@ def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tens
     """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. The batch's rewards are scaled already,
     and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
-        q_slow = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
+        q_prime = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
         # differs from IQL's and IDQL's code: V as it is before its own step, as in GMPO's code; theirs is after it
-        q_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
+        td_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
     v, q = critic.v(batch.obs), critic.q(batch.obs, batch.action)  # (B,), (2, B)
-    v_loss = f(q_slow - v, args).mean()  # Eq. (1)
-    q_loss = (q_target - q).square().mean(-1).sum()  # Eq. (2)
+    v_loss = f(q_prime - v, args).mean()  # Eq. (1)
+    q_loss = (td_target - q).square().mean(-1).sum()  # Eq. (2)
     means = {"critic/v": v.detach().mean(), "critic/q": q.detach().mean()}
     return v_loss + q_loss, {"critic/v_loss": v_loss.detach(), "critic/q_loss": q_loss.detach(), **means}
 
@@ -366,12 +366,12 @@ def log_normal(z: Tensor) -> Tensor:
 
 def sample_with_log_density(net: nn.Module, obs: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """An action and its log pi(a|s), Eqs. (12) and (13): (B, O) -> (B, A), (B,)."""
-    # differs from the reference code: it solves three ODEs of 999 steps, each with discretisation error, and estimates
-    # the determinants; here are two of 16 steps, without either error
+    # differs from the reference code: it solves three ODEs in 999 steps and estimates determinants; here the Euler
+    # steps themselves are the policy, so that its density is exact
     z = torch.randn(len(obs), net.action_dim, device=obs.device, dtype=obs.dtype)
     log_pi = log_normal(z)
     for t, t_next in times(obs, args):
-        z, jacobian = samplers.with_jacobian(euler_step(net, obs, t, t_next), z)
+        z, jacobian = samplers.with_jacobian(euler_step(net, obs, t, t_next), z)  # (B, A), (B, A, A)
         log_pi = log_pi - torch.linalg.slogdet(jacobian).logabsdet
     return z, log_pi
 
@@ -383,7 +383,7 @@ def log_density(net: nn.Module, obs: Tensor, action: Tensor, args: Args) -> tupl
     z, log_dets, miss = action, 0.0, torch.zeros_like(action[:, 0])
     for t, t_next in reversed(times(obs, args)):
         step, z_next = euler_step(net, obs, t, t_next), z
-        z = samplers.invert(step, z_next)
+        z = samplers.invert(step, z_next)  # by Newton's method; its gradient is that of the inverse function
         again, jacobian = samplers.with_jacobian(step, z)
         log_dets = log_dets + torch.linalg.slogdet(jacobian).logabsdet
         miss = torch.maximum(miss, (again - z_next).detach().abs().amax(-1))
@@ -425,7 +425,7 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
     Its noise comes from torch's default generator. Raises UserError if the run can't be read.
     """
     policy, args = load_net(path, device)
-    return trained.numpy_or_torch(lambda obs: act(policy, obs, args), len(policy.normalize.mean), device)
+    return trained.numpy_or_torch(lambda obs: act(policy, obs, args), policy.obs_dim, device)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -439,7 +439,7 @@ def evaluate(actor: Callable, run: runs.Run, args: Args) -> dict:
         torch.manual_seed(args.seed + run.step)  # the step that `train` is at
         if args.env == "bandit":
             return evaluate_bandit(actor, run, args)
-        return run.scores(actor) if args.eval_env else {}
+        return run.scores(actor) if args.eval_env else {}  # None: there is nothing to play in
 
 
 def evaluate_bandit(actor: Callable, run: runs.Run, args: Args) -> dict:
@@ -457,15 +457,15 @@ def cosine(step: int, steps: int) -> float:
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards scaled; with --critic, critic_steps is 0
+    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards are scaled by the task's rule
     torch.manual_seed(args.seed)
     critic = Critic(data.obs_dim, data.action_dim).to(args.device)
     behaviour = make_policy(data.obs_dim, data.action_dim, args).to(args.device)  # the model of mu
-    policy = make_policy(data.obs_dim, data.action_dim, args).to(args.device)
     if args.normalize_obs:
-        fit_normalizers(data.obs, critic, behaviour, policy)
+        fit_normalizers(data.obs, critic, behaviour)
+    policy = copy.deepcopy(behaviour)
     if args.critic:
-        trained.load_critic(critic, args)
+        trained.load_critic(critic, args)  # critic_steps is 0 then
 
     # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
     adam = dict(fused=True, capturable=args.cudagraph)
@@ -504,17 +504,17 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # recorded when they are called, after `restore`
+    if args.cudagraph:  # each becomes a CUDA graph at its first call, which comes after `restore`
         updates = critic_update, behaviour_update, policy_update
         critic_update, behaviour_update, policy_update = map(runs.captured, updates)
-    run = runs.Run(
+    run = runs.Run(  # saves and restores what it is given by name
         args, NAME, data,
         {"critic": args.critic_steps, "behaviour": args.behaviour_steps, "policy": args.policy_steps},
         critic=critic, behaviour=behaviour, policy=policy, critic_optimizer=critic_optimizer,
         behaviour_optimizer=behaviour_optimizer, behaviour_schedule=behaviour_schedule,
         policy_optimizer=policy_optimizer,
     )  # fmt: skip
-    start = run.restore()
+    start = run.restore()  # loads the checkpoint if there is one; the steps that are done already
     actor = partial(act_fn, policy, args=args)  # (B, O) -> (B, A)
     if args.eval_only:
         return run.show(evaluate(actor, run, args), actor)
@@ -525,9 +525,9 @@ def train(args: Args) -> dict:
         elif phase == "behaviour":
             metrics = behaviour_update()
             behaviour_schedule.step()
-        else:
-            if step == run.total - args.policy_steps + 1:
+            if step == args.critic_steps + args.behaviour_steps:
                 policy.load_state_dict(behaviour.state_dict())  # the policy starts as the model of mu
+        else:
             metrics = policy_update()
             if step % args.eval_every == 0 or step == run.total:
                 metrics |= evaluate(actor, run, args)

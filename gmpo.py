@@ -7,12 +7,12 @@
     python gmpo.py --beta 0 --critic-steps 0                     every weight 1: behaviour cloning, the yardstick
 
 Paper: Zhang et al., "Revisiting Generative Policies: A Simpler Reinforcement Learning Algorithmic Perspective",
-arXiv:2412.01245.
+arXiv:2412.01245; the reference code is its authors' GenerativeRL.
 
 Offline RL: D holds transitions (s, a, r, s', d) of an unknown behaviour policy mu(a|s), and nothing more is ever
 collected. The policy that maximises E[Q(s, a)] - KL(pi || mu) / beta is the behaviour, re-weighted:
 pi*(a|s) = mu(a|s) exp(beta (Q(s, a) - V(s))) / Z(s). GMPO fits a generative model to it, by weighting each action of
-the data in the model's ordinary training loss. In order:
+the data in the model's ordinary training loss; Z(s), the same for all actions of a state, is left out. In order:
 
   critic (IQL, arXiv:2110.06169)
     (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f(u) = |tau - 1[u < 0]| u^2 punishes a V that is too low
@@ -73,7 +73,7 @@ class Args(RunArgs):
     path: Literal["vp", "gvp", "icfm"] = "gvp"
     """Eq. (4): vp variance-preserving diffusion, gvp trigonometric path, icfm straight line"""
     network: Literal["mlp", "paper"] | None = None
-    """paper: the U-shaped net of the reference code, the state through 32 numbers; mlp: the state beside the action"""
+    """paper: the reference code's U-shaped net, the state squeezed into 32 numbers; mlp: the state beside the action"""
     solver: Literal["dpmpp", "ddim", "sde", "euler", "midpoint", "rk4"] = "dpmpp"
     """how Eq. (6) is integrated; dpmpp is DPM-Solver++(2M), the others need more steps than its 10"""
     sampler_steps: Count | None = None
@@ -102,8 +102,8 @@ class Args(RunArgs):
 # differs from the paper: on data that are not D4RL's the net is a plain MLP, an eleventh of the size of the paper's
 OURS = dict(batch_size=256, policy_lr=1e-3, lr_decay=True, normalize_obs=True, network="mlp")
 
-# What an argument that is None becomes: what "*" says, unless the entry that fits --env best says otherwise: its name,
-# else its kind ("own data": a file; "remade", "maze2d-remade": made on the spot), else its family (antmaze).
+# What an argument that is None becomes: "*", changed by the first entry that exists of: the dataset's name; "own data",
+# for a file; "maze2d-remade" or "remade", for hopper-medium-remade and its like; its first word, such as antmaze.
 SETTINGS = {
     # The reference code's, its epochs turned into steps at its batch of 4096; sampler_steps and eval_every are ours.
     "*": dict(
@@ -206,7 +206,7 @@ class StateMLP(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
-        self.normalize, self.action_dim = Normalize(obs_dim), action_dim
+        self.normalize, self.obs_dim, self.action_dim = Normalize(obs_dim), obs_dim, action_dim
         self.register_buffer("frequencies", math.pi * torch.arange(1, 9))
         first, last = nn.Linear(action_dim + 16 + obs_dim, 256), nn.Linear(256, action_dim)
         between = [nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU()]
@@ -236,7 +236,7 @@ class PaperNet(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
-        self.normalize, self.action_dim = Normalize(obs_dim), action_dim
+        self.normalize, self.obs_dim, self.action_dim = Normalize(obs_dim), obs_dim, action_dim
         self.register_buffer("frequencies", 30 * 2 * math.pi * torch.randn(16))
         self.condition = nn.Linear(obs_dim, 32)
         self.embed = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 128))
@@ -295,7 +295,7 @@ def matching_loss(net: nn.Module, obs: Tensor, action: Tensor, args: Args) -> Te
     """Eq. (5) of each sample, summed over action dimensions: (B, O), (B, A) -> (B,)."""
     # differs from the reference code: there icfm adds noise of 0.1 to x_t, which blurs the learnt actions by as much
     eps = torch.randn_like(action)
-    t = 1e-5 + (1 - 1e-5) * torch.rand(len(action), device=action.device)  # (B,); sigma'_t of vp is infinite at 0
+    t = 1e-5 + (1 - 1e-5) * torch.rand(len(action), device=action.device)  # (B,); from 1e-5, as in the reference code
     alpha, sigma = alpha_sigma(t[:, None], args.path)
     d_alpha, d_sigma = d_alpha_sigma(t[:, None], args.path)
     x = alpha * action + sigma * eps  # Eq. (4)
@@ -325,7 +325,7 @@ def noise_prediction(net: nn.Module, x: Tensor, t: Tensor, obs: Tensor, path: st
 
 def sample(net: nn.Module, obs: Tensor, args: Args, noise_scale: float = 1.0) -> Tensor:
     """Eq. (6): noise to actions, (B, O) -> (B, A), not clipped."""
-    # differs from the paper: DPM-Solver++(2M) with 10 steps, short near the action, for Euler with 31 even ones
+    # differs from the paper: DPM-Solver++(2M) with 10 steps, shorter near the action, not Euler with 31 equal ones
     x = noise_scale * torch.randn(len(obs), net.action_dim, device=obs.device)
     if args.solver in ("euler", "midpoint", "rk4"):
         return samplers.ode(lambda x, t: velocity(net, x, t, obs, args.path), x, args.sampler_steps, args.solver)
@@ -356,12 +356,12 @@ def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tens
     """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. The batch's rewards are scaled already,
     and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
-        q_slow = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
+        q_prime = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
         # differs from IQL's and IDQL's code: V as it is before its own step, as in GMPO's code; theirs is after it
-        q_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
+        td_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
     v, q = critic.v(batch.obs), critic.q(batch.obs, batch.action)  # (B,), (2, B)
-    v_loss = f(q_slow - v, args).mean()  # Eq. (1)
-    q_loss = (q_target - q).square().mean(-1).sum()  # Eq. (2)
+    v_loss = f(q_prime - v, args).mean()  # Eq. (1)
+    q_loss = (td_target - q).square().mean(-1).sum()  # Eq. (2)
     means = {"critic/v": v.detach().mean(), "critic/q": q.detach().mean()}
     return v_loss + q_loss, {"critic/v_loss": v_loss.detach(), "critic/q_loss": q_loss.detach(), **means}
 
@@ -376,6 +376,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 @torch.no_grad()
 def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
+    # differs from IQL: Q for Q', as in GMPO's code
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
@@ -436,7 +437,7 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
     Its noise comes from torch's default generator. Raises UserError if the run can't be read.
     """
     policy, args = load_net(path, device)
-    return trained.numpy_or_torch(lambda obs: act(policy, obs, args), len(policy.normalize.mean), device)
+    return trained.numpy_or_torch(lambda obs: act(policy, obs, args), policy.obs_dim, device)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -450,7 +451,7 @@ def evaluate(actor: Callable, run: runs.Run, args: Args) -> dict:
         torch.manual_seed(args.seed + run.step)  # the step that `train` is at
         if args.env == "bandit":
             return evaluate_bandit(actor, run, args)
-        return run.scores(actor) if args.eval_env else {}
+        return run.scores(actor) if args.eval_env else {}  # None: there is nothing to play in
 
 
 def evaluate_bandit(actor: Callable, run: runs.Run, args: Args) -> dict:
@@ -468,14 +469,14 @@ def cosine(step: int, steps: int) -> float:
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards scaled; with --critic, critic_steps is 0
+    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards are scaled by the task's rule
     torch.manual_seed(args.seed)
     critic = Critic(data.obs_dim, data.action_dim).to(args.device)
     policy = make_policy(data.obs_dim, data.action_dim, args).to(args.device)
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, policy)
     if args.critic:
-        trained.load_critic(critic, args)
+        trained.load_critic(critic, args)  # critic_steps is 0 then
     behaviour = load_net(args.behaviour, args.device) if args.behaviour else None  # the model of mu of Eq. (9)
 
     # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
@@ -485,7 +486,7 @@ def train(args: Args) -> dict:
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=policy_lr, **adam)
     policy_schedule = LambdaLR(policy_optimizer, partial(cosine, steps=args.policy_steps))
     compiled = torch.compile if args.compile else (lambda fn: fn)
-    critic_loss_fn, policy_loss_fn, act_fn = map(compiled, (critic_loss, policy_loss, act))
+    critic_loss_fn, policy_loss_fn, act_fn = compiled(critic_loss), compiled(policy_loss), compiled(act)
 
     def critic_update() -> dict:
         loss, metrics = critic_loss_fn(critic, data.sample(args.batch_size), args)  # Eqs. (1), (2)
@@ -508,13 +509,13 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # recorded when they are called, after `restore`
+    if args.cudagraph:  # each becomes a CUDA graph at its first call, which comes after `restore`
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
-    run = runs.Run(
+    run = runs.Run(  # saves and restores what it is given by name
         args, NAME, data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,
         critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer, policy_schedule=policy_schedule,
     )  # fmt: skip
-    start = run.restore()
+    start = run.restore()  # loads the checkpoint if there is one; the steps that are done already
     actor = partial(act_fn, policy, args=args)  # (B, O) -> (B, A)
     if args.eval_only:
         return run.show(evaluate(actor, run, args), actor)
@@ -523,7 +524,7 @@ def train(args: Args) -> dict:
         if phase == "critic":
             metrics = critic_update()
         else:
-            if weight is None:
+            if weight is None and behaviour is None:
                 weight = weights(advantages(critic, data), args)
             metrics = policy_update()
             if args.lr_decay:

@@ -97,11 +97,10 @@ class Args(RunArgs):
 
 OURS = dict(policy_batch_size=256, normalize_obs=True, eval_every=10_000)  # for data that are not D4RL's
 
-# What an argument that is None becomes: what "*" says, unless the entry that fits --env best says otherwise: its name,
-# else its kind ("own data": a file; "remade", "maze2d-remade": made on the spot), else its family (antmaze).
+# What an argument that is None becomes: "*", changed by the first entry that exists of: the dataset's name; "own data",
+# for a file; "maze2d-remade" or "remade", for hopper-medium-remade and its like; its first word, such as antmaze.
 SETTINGS = {
-    # The paper's text: two actor steps of 1024 for each of the critic's 256, N = 64 in all domains. The authors' last
-    # code has other settings, which score 2 to 4 points lower on walker2d-medium by their word.
+    # The paper's text: two actor steps of 1024 for each of the critic's 256. The authors' last code has other settings.
     "*": dict(
         critic_lr=3e-4, critic_steps=1_500_000, policy_steps=3_000_000, batch_size=256, policy_batch_size=1024,
         policy_lr=3e-4, ema_rate=0.001, diffusion_steps=5, expectile=0.7, extraction="argmax", candidates=64,
@@ -210,7 +209,7 @@ class LNResNet(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, dropout: float):
         super().__init__()
-        self.normalize, self.action_dim = Normalize(obs_dim), action_dim
+        self.normalize, self.obs_dim, self.action_dim = Normalize(obs_dim), obs_dim, action_dim
         self.frequencies = nn.Parameter(0.2 * torch.randn(32))
         self.condition = nn.Sequential(dense(64, 128), nn.Mish(), dense(128, 128))
         blocks = [Block(256, dropout) for _ in range(3)]
@@ -274,12 +273,12 @@ def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tens
     """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. The batch's rewards are scaled already,
     and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
-        q_slow = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
+        q_prime = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
         # differs from IQL's and IDQL's code: V as it is before its own step, as in GMPO's code; theirs is after it
-        q_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
+        td_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
     v, q = critic.v(batch.obs), critic.q(batch.obs, batch.action)  # (B,), (2, B)
-    v_loss = f(q_slow - v, args).mean()  # Eq. (1)
-    q_loss = (q_target - q).square().mean(-1).sum()  # Eq. (2)
+    v_loss = f(q_prime - v, args).mean()  # Eq. (1)
+    q_loss = (td_target - q).square().mean(-1).sum()  # Eq. (2)
     means = {"critic/v": v.detach().mean(), "critic/q": q.detach().mean()}
     return v_loss + q_loss, {"critic/v_loss": v_loss.detach(), "critic/q_loss": q_loss.detach(), **means}
 
@@ -353,11 +352,12 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
     Its noise comes from torch's default generator. Raises UserError if the run can't be read.
     """
     checkpoint = trained.load_checkpoint(path, NAME)
-    args, sizes = trained.saved_args(checkpoint, Args), checkpoint["sizes"]
-    critic, ema = Critic(*sizes).to(device), LNResNet(*sizes, args.dropout).to(device).eval()
+    args = trained.saved_args(checkpoint, Args)
+    critic = Critic(*checkpoint["sizes"]).to(device)
+    policy = LNResNet(*checkpoint["sizes"], args.dropout).to(device).eval()
     critic.load_state_dict(checkpoint["critic"])
-    ema.load_state_dict(checkpoint["ema"])
-    return trained.numpy_or_torch(lambda obs: act(ema, critic, obs, args), sizes[0], device)
+    policy.load_state_dict(checkpoint["ema"])
+    return trained.numpy_or_torch(lambda obs: act(policy, critic, obs, args), policy.obs_dim, device)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ def evaluate(actor: Callable, run: runs.Run, args: Args) -> dict:
         torch.manual_seed(args.seed + run.step)  # the step that `train` is at
         if args.env == "bandit":
             return evaluate_bandit(actor, run, args)
-        return run.scores(actor) if args.eval_env else {}
+        return run.scores(actor) if args.eval_env else {}  # None: there is nothing to play in
 
 
 def evaluate_bandit(actor: Callable, run: runs.Run, args: Args) -> dict:
@@ -393,7 +393,7 @@ def cosine(step: int, steps: int) -> float:
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards scaled; with --critic, critic_steps is 0
+    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards are scaled by the task's rule
     # differs from the authors' code: all of the data is trained on, not a random 95 %
     torch.manual_seed(args.seed)
     critic = Critic(data.obs_dim, data.action_dim).to(args.device)
@@ -401,7 +401,7 @@ def train(args: Args) -> dict:
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, policy)
     if args.critic:
-        trained.load_critic(critic, args)
+        trained.load_critic(critic, args)  # critic_steps is 0 then
     ema = copy.deepcopy(policy).requires_grad_(False).eval()  # the average of the weights, the net that acts
 
     # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
@@ -411,7 +411,7 @@ def train(args: Args) -> dict:
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=policy_lr, **adam)
     policy_schedule = LambdaLR(policy_optimizer, partial(cosine, steps=args.policy_steps))
     compiled = torch.compile if args.compile else (lambda fn: fn)
-    critic_loss_fn, policy_loss_fn, act_fn = map(compiled, (critic_loss, policy_loss, act))
+    critic_loss_fn, policy_loss_fn, act_fn = compiled(critic_loss), compiled(policy_loss), compiled(act)
 
     def critic_update() -> dict:
         loss, metrics = critic_loss_fn(critic, data.sample(args.batch_size), args)  # Eqs. (1), (2)
@@ -429,19 +429,18 @@ def train(args: Args) -> dict:
         update_target(ema, policy, args.ema_rate)
         return metrics
 
-    if args.cudagraph:  # recorded when they are called, after `restore`
+    if args.cudagraph:  # each becomes a CUDA graph at its first call, which comes after `restore`
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
-    run = runs.Run(
+    run = runs.Run(  # saves and restores what it is given by name
         args, NAME, data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,
         ema=ema, critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer, policy_schedule=policy_schedule,
     )  # fmt: skip
-    start = run.restore()
+    start = run.restore()  # loads the checkpoint if there is one; the steps that are done already
     actor = partial(act_fn, ema, critic, args=args)  # (B, O) -> (B, A)
     if args.eval_only:
         return run.show(evaluate(actor, run, args) | {"eval/candidates": args.candidates}, actor)
 
-    # differs from the authors' code: it alternates a critic step with two of the policy, one of them on an empty batch;
-    # here the critic comes first, for the policy's training never asks it
+    # differs from the authors' code: first critic, then policy; theirs alternates, half of the policy's batches empty
     for step, phase in run.steps(start):  # all steps of a phase, then those of the next; step counts on, from 1
         if phase == "critic":
             metrics = critic_update()

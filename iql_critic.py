@@ -22,8 +22,7 @@ fitted to Q at the data's actions, by an asymmetric loss, so that it becomes the
   and the policy whose value V is, never written down by the critic (IDQL)
     (11) pi(a|s) = mu(a|s) w(s, a) / Z(s), w = |f'(Q - V)| / |Q - V|
 
-B is the batch, O the size of an observation, A of an action. Equations have the same number in every file. A Gaussian
-fails on `--env bandit`, as its picture shows; gmpo.py, to be read next, has a generative model in its place.
+B is the batch, O the size of an observation, A of an action. Equations have the same number in every file.
 """
 
 import copy
@@ -83,8 +82,8 @@ class Args(RunArgs):
     """transitions a gradient step"""
 
 
-# What an argument that is None becomes: what "*" says, unless the entry that fits --env best says otherwise: its name,
-# else its kind ("own data": a file; "remade", "maze2d-remade": made on the spot), else its family (antmaze).
+# What an argument that is None becomes: "*", changed by the first entry that exists of: the dataset's name; "own data",
+# for a file; "maze2d-remade" or "remade", for hopper-medium-remade and its like; its first word, such as antmaze.
 SETTINGS = {
     "*": dict(  # IQL's own
         critic_lr=3e-4, critic_steps=1_000_000, policy_steps=1_000_000, policy_lr=3e-4, lr_decay=True,
@@ -204,12 +203,12 @@ def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tens
     """Eq. (1) + Eq. (2): V and Q share no weights, so that one sum trains both. The batch's rewards are scaled already,
     and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
-        q_slow = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
+        q_prime = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
         # differs from IQL's and IDQL's code: V as it is before its own step, as in GMPO's code; theirs is after it
-        q_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
+        td_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
     v, q = critic.v(batch.obs), critic.q(batch.obs, batch.action)  # (B,), (2, B)
-    v_loss = f(q_slow - v, args).mean()  # Eq. (1)
-    q_loss = (q_target - q).square().mean(-1).sum()  # Eq. (2)
+    v_loss = f(q_prime - v, args).mean()  # Eq. (1)
+    q_loss = (td_target - q).square().mean(-1).sum()  # Eq. (2)
     means = {"critic/v": v.detach().mean(), "critic/q": q.detach().mean()}
     return v_loss + q_loss, {"critic/v_loss": v_loss.detach(), "critic/q_loss": q_loss.detach(), **means}
 
@@ -224,6 +223,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 @torch.no_grad()
 def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
+    # differs from IQL: Q for Q', as in GMPO's code
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
@@ -303,7 +303,7 @@ def evaluate(actor: Callable, critic: Critic, policy: GaussianPolicy, run: runs.
     with torch.random.fork_rng():  # training goes on as if there had been no evaluation
         torch.manual_seed(args.seed + run.step)  # the step that `train` is at
         if args.env != "bandit":
-            return run.scores(actor) if args.eval_env else {}
+            return run.scores(actor) if args.eval_env else {}  # None: there is nothing to play in
         weight = implicit_weights(advantages(critic, run.data), args)
         implicit = run.data.action[torch.multinomial(weight, 4096, replacement=True)]
         gaussian = policy.eval()(run.data.obs[:4096]).sample()
@@ -319,7 +319,7 @@ def cosine(step: int, steps: int) -> float:
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards scaled
+    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards are scaled by the task's rule
     torch.manual_seed(args.seed)
     critic = Critic(data.obs_dim, data.action_dim).to(args.device)
     policy = GaussianPolicy(data.obs_dim, data.action_dim, args.dropout).to(args.device)
@@ -349,14 +349,14 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # recorded when they are called, after `restore`
+    if args.cudagraph:  # each becomes a CUDA graph at its first call, which comes after `restore`
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     total = max(args.critic_steps, args.policy_steps)  # the two are trained side by side, in one phase
-    run = runs.Run(
+    run = runs.Run(  # saves and restores what it is given by name
         args, NAME, data, {"critic and policy": total}, critic=critic, policy=policy,
         critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer, policy_schedule=policy_schedule,
     )  # fmt: skip
-    start = run.restore()
+    start = run.restore()  # loads the checkpoint if there is one; the steps that are done already
     actor = partial(act, policy)  # (B, O) -> (B, A)
     if args.eval_only:
         return run.show(evaluate(actor, critic, policy, run, args), actor)

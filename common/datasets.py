@@ -248,9 +248,8 @@ def read_minari(name: str) -> dict[str, np.ndarray]:
             raw["rewards"][start : end - 1] = episode.rewards
             raw["terminals"][start : end - 1] = episode.terminations
             raw["timeouts"][end - 1] = True
-            for key in sizes:
-                if not np.isfinite(raw[key][start:end]).all():
-                    raise UserError(f"{name}: {key} is NaN or infinite in episode {episode.id}; remove that episode")
+            if bad := [key for key in sizes if not np.isfinite(raw[key][start:end]).all()]:
+                raise UserError(f"{name}: {bad[0]} is NaN or infinite in episode {episode.id}; remove that episode")
     except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:  # h5py's and numpy's
         raise UserError(f"{name} is damaged ({error}); get it again by: {minari_download(name)}") from None
     return raw

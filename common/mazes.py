@@ -295,10 +295,9 @@ class Controller:
         distance, queue = {goal: 0}, deque([goal])
         while queue:
             last = queue.popleft()
-            for cell in self.neighbours(last):
-                if cell not in distance:
-                    distance[cell] = distance[last] + 1
-                    queue.append(cell)
+            for cell in [cell for cell in self.neighbours(last) if cell not in distance]:
+                distance[cell] = distance[last] + 1
+                queue.append(cell)
         here = min(self.free, key=lambda cell: math.hypot(x - cell[0], y - cell[1]))
         self.goal, self.before, self.way = goal, here, deque()
         while here != goal:

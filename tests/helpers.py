@@ -2,11 +2,8 @@
 
 import dataclasses
 import importlib
-from pathlib import Path
 from types import ModuleType
 
-import h5py
-import numpy as np
 import sync
 import torch
 from torch import nn
@@ -14,7 +11,7 @@ from torch import nn
 
 def files_with(name: str) -> list[ModuleType]:
     """The algorithm files that define a top-level name."""
-    files = [file for file in sync.files() if name in sync.definitions(file)]
+    files = [file for file in sync.FILES if name in sync.definitions(file)]
     return [importlib.import_module(file.removesuffix(".py")) for file in files]
 
 
@@ -47,14 +44,3 @@ class Net(nn.Module):
 
     def forward(self, x, t, obs):
         return self.scale * self.function(x, t, obs)
-
-
-def write_data(path: Path, rows: int = 60, obs_dim: int = 3, action_dim: int = 2) -> str:
-    """A small HDF5 file of random transitions; every 20th ends an episode."""
-    rng, ends = np.random.default_rng(0), np.arange(1, rows + 1) % 20 == 0
-    with h5py.File(path, "w") as file:
-        file["observations"] = 2 + 3 * rng.normal(size=(rows, obs_dim)).astype(np.float32)
-        file["actions"] = rng.uniform(-0.9, 0.9, (rows, action_dim)).astype(np.float32)
-        file["rewards"] = rng.normal(size=rows).astype(np.float32)
-        file["terminals"], file["timeouts"] = ends, np.zeros(rows, bool)
-    return str(path)

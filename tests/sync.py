@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FILES = ["iql_critic.py", "gmpo.py", "gmpg.py", "idql.py"]
 
 # The names that are the lesson: each file has its own.
-OWN = {"NAME", "Args", "OURS", "SETTINGS", "sample", "f", "policy_loss", "act", "load_policy"}
+OWN = {"NAME", "Args", "OURS", "SETTINGS", "sample", "f", "matching_loss", "policy_loss", "act", "load_policy"}
 OWN |= {"matching_loss", "evaluate", "evaluate_bandit", "train"}
 
 

@@ -4,8 +4,9 @@ import importlib
 
 import helpers
 import pytest
+import running
 import torch
-from helpers import flat, write_data
+from helpers import flat
 
 from common import UserError, arguments
 
@@ -18,7 +19,7 @@ each_file = pytest.mark.parametrize("name", NETWORKS)
 @pytest.fixture
 def weights_after(tmp_path):
     """Train a file: the weights of each network afterwards."""
-    data = write_data(tmp_path / "data.hdf5")
+    data = str(running.write_data(tmp_path / "data.hdf5", action_dim=2, rows=60))
 
     def run(name, steps=STEPS, **changes):
         algorithm = importlib.import_module(name)
@@ -42,19 +43,21 @@ def check(found, plain, first):
         assert (found[key] - first[key]).abs().max() > 3e-4, key
 
 
-@pytest.fixture
-def compiler(monkeypatch):
+@pytest.fixture(scope="module")
+def compiler():
+    """With the random numbers of the plain run."""
     args = importlib.import_module("gmpo").Args(device="cpu", compile=True)
-    try:
-        arguments.choose_device(args)
-    except UserError as reason:
-        pytest.skip(str(reason))
-    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # the random numbers of the plain run
-    torch._dynamo.reset()
+    with torch._inductor.config.patch(fallback_random=True, compile_threads=1):
+        try:
+            arguments.choose_device(args)
+        except UserError as reason:
+            pytest.skip(str(reason))
+        yield
 
 
 @each_file
 def test_compiled_losses_end_at_the_plain_weights(compiler, name, weights_after):
+    torch._dynamo.reset()
     plain, compiled = (weights_after(name, device="cpu", compile=on) for on in (False, True))
     check(compiled, plain, weights_after(name, steps=1, device="cpu"))
 

@@ -65,9 +65,9 @@ def small_models(scale=2.0):
 
 
 def kl_terms(policy, behaviour, n=None, obs=None, seed=0, **changes):
-    """An action of the policy, its log pi and log mu, and the largest miss of an undone step."""
-    torch.manual_seed(seed)
+    """An action of the policy, its log pi and log mu, and the error of the latter."""
     obs, args = torch.zeros(n, 1) if obs is None else obs, args_of(**changes)
+    torch.manual_seed(seed)
     action, log_pi = gmpg.sample_with_log_density(policy, obs, args)
     return action, log_pi, *gmpg.log_density(behaviour, obs, action, args)
 
@@ -93,6 +93,9 @@ def test_both_densities_of_linear_velocities_are_those_of_the_steps(float64):
     torch.testing.assert_close(log_pi, pi.log_prob(action), rtol=0, atol=1e-9)
     torch.testing.assert_close(log_mu, mu.log_prob(action), rtol=0, atol=1e-9)
     assert error.max() < 1e-9
+    other = torch.randn(50, 2)  # actions that the sampler did not make
+    found, _ = gmpg.log_density(behaviour, torch.zeros(50, 1), other, args_of())
+    torch.testing.assert_close(found, mu.log_prob(other), rtol=0, atol=1e-9)
     kl, each = torch.distributions.kl_divergence(pi, mu), log_pi - log_mu
     assert (each.mean() - kl).abs() < 4 * each.std() / math.sqrt(len(each))
 
@@ -119,6 +122,12 @@ def test_log_pi_converges_to_that_of_the_flow_at_order_1(float64, path):
     assert errors[1] < 0.05 and math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.15)
 
 
+def test_log_density_tells_where_its_steps_could_not_be_undone():
+    wild, obs = Net(lambda x, t, obs: 30 * torch.sin(9 * x)), torch.zeros(64, 1)
+    _, error = gmpg.log_density(wild, obs, torch.randn(64, 2), args_of())
+    assert error.shape == (64,) and error.max() > 1e-2
+
+
 @pytest.mark.parametrize("network", ["mlp", "paper"])
 def test_networks_of_the_files_have_densities_that_are_exact(float64, network):
     torch.manual_seed(0)
@@ -126,12 +135,8 @@ def test_networks_of_the_files_have_densities_that_are_exact(float64, network):
     action, log_pi, *_ = kl_terms(net, net, obs=obs)
     torch.manual_seed(0)
     for x, s, a, found in zip(torch.randn(6, 2), obs, action, log_pi):
-
-        def sample(z, s=s):
-            for t, t_next in gmpg.times(obs, args_of()):
-                z = z - (t - t_next) * net(z[None], t[None], s[None])[0]
-            return z
-
+        velocity = lambda x, t, s=s: net(x, t.expand(len(x)), s[None])  # noqa: E731
+        sample = lambda x, velocity=velocity: samplers.ode(velocity, x[None], 8, power=2)[0]  # noqa: E731
         torch.testing.assert_close(sample(x), a)
         whole = torch.autograd.functional.jacobian(sample, x)
         expected = -0.5 * x.square().sum() - math.log(2 * math.pi) - whole.det().abs().log()
@@ -174,14 +179,10 @@ def two_blobs(n):
     return torch.tensor([[-0.5, 0.3], [0.5, -0.2]])[torch.randint(2, (n,))] + 0.2 * torch.randn(n, 2)
 
 
-def log_mu_of(net, action, args):
-    """(B, A) -> (B,), with an observation of zero."""
-    return gmpg.log_density(net, torch.zeros(len(action), 1), action, args)[0]
-
-
 def test_density_of_a_trained_flow_integrates_to_1():
     args, axis = args_of(), torch.arange(-2, 2, 0.05)
-    density = log_mu_of(train_behaviour(two_blobs, args, 300), torch.cartesian_prod(axis, axis), args).exp()
+    net, grid = train_behaviour(two_blobs, args, 300), torch.cartesian_prod(axis, axis)
+    density = gmpg.log_density(net, torch.zeros(len(grid), 1), grid, args)[0].exp()
     assert density.sum().item() * 0.05**2 == pytest.approx(1, abs=0.01)
     assert density.max() > 0.5
 
@@ -222,13 +223,13 @@ def test_the_gradient_is_that_of_differences(float64, path):
 
 def detached_log_density(net, action, args):
     """log_density with the state detached in every step, as the reference code's adjoint has it."""
-    obs, z, log_dets = torch.zeros(len(action), 1), action, 0
+    obs, x, log_dets = torch.zeros(len(action), 1), action, 0
     for t, t_next in reversed(gmpg.times(obs, args)):
         step = gmpg.euler_step(net, obs, t, t_next)
-        start = samplers.invert(step, z.detach(), 6).detach()
+        start = samplers.invert(step, x.detach(), 6).detach()
         log_dets = log_dets + torch.linalg.slogdet(samplers.with_jacobian(step, start)[1]).logabsdet
-        z = z + (t - t_next) * net(start, t.expand(len(start)), obs)
-    return gmpg.log_normal(z) - log_dets
+        x = x + (t - t_next) * net(start, t.expand(len(start)), obs)
+    return gmpg.log_normal(x) - log_dets
 
 
 def test_a_likelihood_with_its_state_detached_has_another_gradient(float64):
@@ -320,7 +321,8 @@ def total_variation(policy, target, args):
     """Of the policy's exact density and a density up to a factor, both over a line."""
     grid = torch.linspace(-2, 2, 801)[:, None]
     with torch.no_grad():
-        pi, target = log_mu_of(policy, grid, args).exp() * 0.005, target(grid[:, 0])
+        pi = gmpg.log_density(policy, torch.zeros(801, 1), grid, args)[0].exp() * 0.005
+    target = target(grid[:, 0])
     return 0.5 * (pi - target / target.sum()).abs().sum().item()
 
 

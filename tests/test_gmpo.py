@@ -25,6 +25,10 @@ def args_of(algorithm=gmpo, **changes):
     return helpers.args_of(algorithm, **defaults | changes)
 
 
+def predicts(algorithm, path):
+    return algorithm.PREDICTS[path] if algorithm is gmpo else "velocity"
+
+
 def drawn(n, seed, action_dim=2):
     """The noise and the times of `matching_loss`, drawn again: the seed is set to be used again, too."""
     torch.manual_seed(seed)
@@ -127,7 +131,7 @@ def test_matching_loss_is_half_the_sum_over_dimensions_by_hand(algorithm, path):
     eps, t = drawn(7, seed=5)
     loss = algorithm.matching_loss(net, obs, action, args_of(algorithm, path=path))
     alpha, sigma, d_alpha, d_sigma = (c[:, None].float() for c in hand_path(t, path))
-    target = eps if algorithm.PREDICTS[path] == "noise" else d_alpha * action + d_sigma * eps
+    target = eps if predicts(algorithm, path) == "noise" else d_alpha * action + d_sigma * eps
     out = (alpha * action + sigma * eps) * t[:, None] + obs.sum(-1, keepdim=True)
     torch.testing.assert_close(loss, ((out - target) ** 2)[:, 0] / 2 + ((out - target) ** 2)[:, 1] / 2)
     assert torch.equal(seen[0], t)
@@ -152,7 +156,7 @@ def test_matching_loss_is_smallest_at_the_conditional_expectation(algorithm, pat
     action = MEAN + torch.randn(100_000, 2, generator=seeded()) @ torch.linalg.cholesky(COV).T
 
     def loss(scale, shift):
-        net = Net(lambda x, t, obs: scale * exact_prediction(x, t, path, algorithm.PREDICTS[path]) + shift * x)
+        net = Net(lambda x, t, obs: scale * exact_prediction(x, t, path, predicts(algorithm, path)) + shift * x)
         torch.manual_seed(1)
         each = algorithm.matching_loss(net, torch.zeros(100_000, 1), action, args_of(algorithm, path=path)).detach()
         return each.clamp(max=each.quantile(0.9999)).mean().item()
@@ -173,12 +177,10 @@ def test_velocity_and_noise_are_read_from_the_same_prediction(path):
         torch.testing.assert_close(read, exact_prediction(x, times, path, name), rtol=1e-4, atol=1e-5)
 
 
-@each_file
-def test_velocity_of_vp_moves_action_and_noise(algorithm, monkeypatch):
-    monkeypatch.setitem(algorithm.PREDICTS, "vp", "noise")
+def test_velocity_of_vp_moves_action_and_noise():
     action, eps, t = torch.randn(5, 2), torch.randn(5, 2), torch.tensor(0.4)
     alpha, sigma, d_alpha, d_sigma = (c.float() for c in hand_path(t, "vp"))
-    found = algorithm.velocity(Net(lambda x, t, obs: eps), alpha * action + sigma * eps, t, torch.zeros(5, 1), "vp")
+    found = gmpo.velocity(Net(lambda x, t, obs: eps), alpha * action + sigma * eps, t, torch.zeros(5, 1), "vp")
     torch.testing.assert_close(found, d_alpha * action + d_sigma * eps, rtol=1e-4, atol=1e-4)
 
 
@@ -287,18 +289,14 @@ def test_beta_0_is_behaviour_cloning():
 
 
 def test_sampled_policy_loss_is_eq_9_by_hand_with_the_critic_and_the_model_of_mu_left_alone():
-    args, obs, critic, policy = (
-        args_of(candidates=4, beta=3.0, sampler_steps=3),
-        dataset().obs,
-        make_critic(),
-        policy_of(),
-    )
-    behaviour = gmpo.make_policy(3, 2, args)
+    args, obs, critic, policy = args_of(candidates=4, beta=3.0), dataset().obs, make_critic(), policy_of()
+    own = args_of(solver="ddim", sampler_steps=3)  # of the model of mu
+    behaviour = gmpo.make_policy(3, 2, own)
     torch.manual_seed(6)
-    loss, metrics = gmpo.sampled_policy_loss(policy, behaviour, critic, obs, args)
+    loss, metrics = gmpo.sampled_policy_loss(policy, (behaviour, own), critic, obs, args)
     torch.manual_seed(6)
     repeated = torch.stack([s for s in obs for _ in range(4)])
-    action = gmpo.sample(behaviour, repeated, args).clamp(-1, 1).detach()
+    action = gmpo.sample(behaviour, repeated, own).clamp(-1, 1).detach()
     each, by_hand = gmpo.matching_loss(policy, repeated, action, args).view(40, 4), 0
     assert action.view(40, 4, 2).std(1).min() > 0
     for b in range(40):
@@ -314,10 +312,9 @@ def test_candidates_belong_to_their_state():
     """A model of mu on the straight path whose every sample is the action obs[:2]: dx/dt = (x - a) / t."""
     at_the_state, seen = Net(lambda x, t, s: (x - s[:, :2]) / t[:, None]), []
     policy, obs = Net(lambda x, t, s: seen.append((x, t[:, None], s)) or torch.zeros_like(x)), dataset().obs
-    args = args_of(path="icfm", solver="euler", sampler_steps=4, candidates=5)
-    critic = make_critic()
+    args, critic = args_of(path="icfm", solver="euler", sampler_steps=4, candidates=5), make_critic()
     torch.manual_seed(2)
-    gmpo.sampled_policy_loss(policy, at_the_state, critic, obs, args)
+    gmpo.sampled_policy_loss(policy, (at_the_state, args), critic, obs, args)
     torch.manual_seed(2)
     _, eps, (x, t, s) = torch.randn(200, 2), torch.randn(200, 2), seen[0]
     assert torch.equal(s, torch.stack([row for row in obs for _ in range(5)]))

@@ -31,7 +31,7 @@ def net_of(dropout=0.1, seed=0):
     return idql.LNResNet(OBS, ACT, dropout)
 
 
-# The schedules
+# The schedule
 
 
 def test_five_betas_are_the_papers():

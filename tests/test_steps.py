@@ -5,9 +5,11 @@ import copy
 import math
 
 import helpers
+import numpy as np
 import pytest
+import running
 import torch
-from helpers import flat, smaller_q, write_data
+from helpers import flat, smaller_q
 
 import gmpg
 import gmpo
@@ -20,16 +22,18 @@ TINY = dict(
     device="cpu", network="mlp", reward_scale=1.0, normalize_obs=True, critic_steps=STEPS, behaviour_steps=STEPS,
     policy_steps=STEPS, batch_size=8, policy_batch_size=8, sampler_steps=2, candidates=2, lr_decay=True, dropout=0.1,
     critic_lr=1e-3, behaviour_lr=2e-3, policy_lr=3e-3, expectile=0.8, discount=0.9, target_rate=0.3, beta=2.0,
-    weight_max=1.5, ema_rate=0.25, grad_norm=0.1, diffusion_steps=5, schedule="vp", extraction="argmax",
+    weight_max=1.5, ema_rate=0.25, grad_norm=0.1, diffusion_steps=5, extraction="argmax",
 )  # fmt: skip
 
 
 @pytest.fixture
 def trained(tmp_path):
     """Train a file for a few steps: its arguments and its checkpoint."""
+    terminals = np.arange(60) % 20 == 19
+    data = running.write_data(tmp_path / "data.hdf5", action_dim=2, rows=60, terminals=terminals)
 
     def run(algorithm, **changes):
-        args = helpers.args_of(algorithm, **TINY | dict(env=write_data(tmp_path / "data.hdf5")) | changes)
+        args = helpers.args_of(algorithm, **TINY | dict(env=str(data)) | changes)
         args.run_dir = tmp_path / f"{algorithm.__name__} {len(list(tmp_path.iterdir()))}"
         algorithm.train(args)
         return args, torch.load(args.run_dir / "checkpoint.pt")
@@ -129,7 +133,7 @@ def test_gmpos_run_on_sampled_actions_is_its_steps_from_anothers_critic_and_beha
     adam = torch.optim.Adam(policy.parameters(), args.policy_lr)
     for _ in range(STEPS):
         obs = data.obs[torch.randint(len(data), (args.batch_size,))]
-        descend(adam, gmpo.sampled_policy_loss(policy, behaviour, critic, obs, args)[0])
+        descend(adam, gmpo.sampled_policy_loss(policy, (behaviour, clones), critic, obs, args)[0])
     check(checkpoint, critic=critic, policy=policy)
 
 
@@ -159,7 +163,9 @@ def test_gmpgs_run_is_its_steps_from_the_warm_start_with_clipped_gradients(train
     check(checkpoint, critic=critic, behaviour=behaviour, policy=policy)
 
 
-def test_idqls_run_is_its_steps_with_the_average_that_acts(trained):
+def test_idqls_run_is_its_steps_with_the_average_that_acts(trained, monkeypatch):
+    actors = []
+    monkeypatch.setattr(idql, "evaluate", lambda actor, run, args: actors.append(actor) or {})
     args, checkpoint = trained(idql)
     data, critic, policy = start(idql, args, lambda: [idql.LNResNet(3, 2, args.dropout)])
     critic_step, adam = critic_stepper(critic, data, args), torch.optim.Adam(policy.parameters())
@@ -174,11 +180,10 @@ def test_idqls_run_is_its_steps_with_the_average_that_acts(trained):
     check(checkpoint, critic=critic, policy=policy, ema=ema)
     critic.load_state_dict(checkpoint["critic"])
     ema.load_state_dict(checkpoint["ema"])
-    act = idql.load_policy(args.run_dir)
-    torch.manual_seed(1)
-    found = act(data.obs[:5])
-    torch.manual_seed(1)
-    assert torch.equal(found, idql.act(ema.eval(), critic, data.obs[:5], args).detach())
+    for act in (actors[-1], idql.load_policy(args.run_dir), lambda obs: idql.act(ema.eval(), critic, obs, args)):
+        torch.manual_seed(1)
+        actors.append(act(data.obs[:5]).detach())
+    assert torch.equal(actors[-3], actors[-1]) and torch.equal(actors[-2], actors[-1])
 
 
 @pytest.mark.parametrize("algorithm", helpers.files_with("cosine"), ids=lambda module: module.__name__)
