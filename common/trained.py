@@ -77,9 +77,7 @@ def saved_args(state: dict, args_type: type):
     """The arguments in a checkpoint or config.json. Raises UserError if they are those of another version."""
     args, known = state["args"], {field.name for field in dataclasses.fields(args_type)}
     if unknown := args.keys() - known:
-        raise UserError(
-            f"{args['run_dir']} has an argument {unknown.pop()!r} that this version does not know; update it"
-        )
+        raise UserError(f"{args['run_dir']} has an argument {unknown.pop()!r} that this version does not know; update")
     return args_type(**args | {key: Path(args[key]) for key in ("run_dir", "critic", "behaviour") if args.get(key)})
 
 
