@@ -86,10 +86,8 @@ def main(algorithm: str, train: Callable, args_type: type, settings: dict) -> No
     try:
         train(read_command_line(algorithm, args_type, settings))
         return
-    except UserError as mistake:
-        code, text = 2, f"error: {mistake}"
-    except (TrainingError, OSError) as failure:
-        code, text = 1, f"error: {failure}"
+    except (UserError, TrainingError, OSError) as error:
+        code, text = 2 if isinstance(error, UserError) else 1, f"error: {error}"
     except Interrupted as stop:
         code, text = 128 + stop.args[0], stop.args[1]
     except KeyboardInterrupt:
