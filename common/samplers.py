@@ -25,11 +25,6 @@ Step = Callable[[Tensor], Tensor]  # one step of a sampler, (..., A) -> (..., A)
 NOISE_START = 1.0 - 1e-3
 
 
-def time_grid(steps: int, x: Tensor, power: float = 1.0) -> Tensor:
-    """The nodes (k / steps) ** power from 1 to 0, (steps + 1,): uniform for 1, crowded towards the action for 2."""
-    return torch.linspace(1.0, 0.0, steps + 1, device=x.device, dtype=x.dtype) ** power
-
-
 # 1. From a velocity. One step of dx/dt = v(x, t), from time t to time s
 
 
@@ -54,7 +49,7 @@ def rk4(velocity: Model, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
 METHODS = {"euler": euler, "midpoint": midpoint, "rk4": rk4}
 
 
-def ode(velocity: Model, x: Tensor, steps: int, method: str = "euler", power: float = 1.0) -> Tensor:
+def ode(velocity: Model, x: Tensor, steps: int, method: str = "euler") -> Tensor:
     """Integrate dx/dt = v(x, t) from noise at t = 1 to actions at t = 0: (..., A) -> (..., A).
 
     The probability-flow ODE (Song et al. 2021, arXiv 2011.13456, Eq. (13)) or a flow (Lipman et al. 2023, 2210.02747).
@@ -64,7 +59,7 @@ def ode(velocity: Model, x: Tensor, steps: int, method: str = "euler", power: fl
     """
     if method not in METHODS:
         raise ValueError(f"unknown ODE method {method!r}: choose from {', '.join(METHODS)}")
-    for t, s in pairwise(time_grid(steps, x, power)):
+    for t, s in pairwise(torch.linspace(1, 0, steps + 1, device=x.device, dtype=x.dtype)):
         x = METHODS[method](velocity, x, t, s)
     return x
 
@@ -77,7 +72,7 @@ def noise_nodes(schedule: Schedule, steps: int, x: Tensor) -> tuple[Tensor, Tens
 
     A step in t is the longer for x the nearer it is to the action: ten even ones make a narrow mode half as wide.
     """
-    t = NOISE_START * time_grid(steps, x, power=2.0)
+    t = NOISE_START * torch.linspace(1, 0, steps + 1, device=x.device, dtype=x.dtype) ** 2
     return t, *schedule(t)
 
 
