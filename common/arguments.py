@@ -73,9 +73,9 @@ class RunArgs:
     """gradient steps between two checkpoints"""
 
 
-# What may change between a run and its --resume: nothing here alters what a gradient step computes.
-FREE = {"run_dir", "resume", "eval_only", "video", "device", "compile", "cudagraph", "allow_unverified", "eval_every"}
-FREE |= {"eval_episodes", "eval_steps", "log_every", "save_every", "policy_steps"}
+# What may change between a run and its --resume: what alters no gradient step, and how many there are of the policy.
+FREE = {field.name for field in dataclasses.fields(RunArgs)} | {"policy_steps"}
+FREE -= {"env", "eval_env", "seed", "reward_scale", "rescale_actions", "normalize_obs"}
 ACTING = {"extraction", "candidates", "solver", "sampler_steps", "act_noise"}  # free with --eval-only
 # What a run without a config.json yet would overwrite in a folder of the user's.
 FILES = ("metrics.jsonl", "checkpoint.pt", "result.json", "eval.json", "curves.png", "bandit.png", "video.mp4")
@@ -86,10 +86,8 @@ def main(algorithm: str, train: Callable, args_type: type, settings: dict) -> No
     try:
         train(read_command_line(algorithm, args_type, settings))
         return
-    except UserError as mistake:
-        code, text = 2, f"error: {mistake}"
-    except (TrainingError, OSError) as failure:
-        code, text = 1, f"error: {failure}"
+    except (UserError, TrainingError, OSError) as error:
+        code, text = 2 if isinstance(error, UserError) else 1, f"error: {error}"
     except Interrupted as stop:
         code, text = 128 + stop.args[0], stop.args[1]
     except KeyboardInterrupt:
