@@ -33,13 +33,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common import UserError, runs  # noqa: E402
 
-PHASES = {"iql_critic": ["critic and actor"], "gmpo": ["critic", "policy"]}
+PHASES = {"iql_critic": ["critic and policy"], "gmpo": ["critic", "policy"]}
 PHASES |= {"gmpg": ["behaviour", "policy"], "idql": ["policy"]}
 EVALUATION, NEVER = 10**8, 10**9  # steps
 
 
 @dataclass
 class Args:
+    files: tuple[str, ...] = tuple(PHASES)
+    """which of the four"""
     batch_size: int = 256
     """transitions, or states, of every update"""
     rounds: int = 9
@@ -143,8 +145,8 @@ def alternate(ways: list[Training], phase: str, args: Args) -> list[str]:
 
 def main(args: Args) -> None:
     """Print the table. Raises UserError for arguments that make no sense."""
-    if args.rounds < 1 or args.seconds <= 0:
-        raise UserError("--rounds must be at least 1, and --seconds more than 0")
+    if args.rounds < 1 or args.seconds <= 0 or not set(args.files) <= PHASES.keys():
+        raise UserError(f"--rounds must be at least 1, --seconds more than 0, --files among {', '.join(PHASES)}")
     ways, name, out = {"as it is": {}, "--compile": dict(compile=True)}, "CPU", sys.stdout
     if torch.device(args.device).type == "cuda":
         ways |= {"--cudagraph": dict(cudagraph=True), "both": dict(compile=True, cudagraph=True)}
@@ -153,7 +155,7 @@ def main(args: Args) -> None:
     print(f"| | {' | '.join(ways)} | floor |\n" + "| --- " * (len(ways) + 2) + "|", flush=True)
     runs.Run, nowhere = Paused, io.StringIO()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(nowhere):  # what a run prints at first
-        for file, phases in PHASES.items():
+        for file, phases in ((file, PHASES[file]) for file in args.files):
             trainings = [Training(file, folder, args, flags) for flags in ways.values()]
             for phase in (*phases, "acting"):
                 cells = alternate(trainings, phase, args)

@@ -74,11 +74,10 @@ def load_checkpoint(path: str | Path, algorithm: str | None = None, device: str 
 
 def saved_args(state: dict, args_type: type):
     """The arguments in a checkpoint or config.json. Raises UserError if they are those of another version."""
-    if unknown := state["args"].keys() - {field.name for field in dataclasses.fields(args_type)}:
-        where, name = state["args"].get("run_dir"), unknown.pop()
-        raise UserError(f"the run in {where} has an argument {name!r} that this version does not know; use its own one")
-    paths = {key: Path(state["args"][key]) for key in ("run_dir", "critic", "behaviour") if state["args"].get(key)}
-    return args_type(**state["args"] | paths)
+    args, known = state["args"], {field.name for field in dataclasses.fields(args_type)}
+    if unknown := args.keys() - known:
+        raise UserError(f"{args['run_dir']} has an argument {unknown.pop()!r} that this version does not know; update")
+    return args_type(**args | {key: Path(args[key]) for key in ("run_dir", "critic", "behaviour") if args.get(key)})
 
 
 def load_critic(critic: torch.nn.Module, args) -> None:
