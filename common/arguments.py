@@ -73,9 +73,9 @@ class RunArgs:
     """gradient steps between two checkpoints"""
 
 
-# What may change between a run and its --resume: nothing here alters what a gradient step computes.
-FREE = {"run_dir", "resume", "eval_only", "video", "device", "compile", "cudagraph", "allow_unverified", "eval_every"}
-FREE |= {"eval_episodes", "eval_steps", "log_every", "save_every", "policy_steps"}
+# What may change between a run and its --resume: what alters no gradient step, and how many there are of the policy.
+FREE = {field.name for field in dataclasses.fields(RunArgs)} | {"policy_steps"}
+FREE -= {"env", "eval_env", "seed", "reward_scale", "rescale_actions", "normalize_obs"}
 ACTING = {"extraction", "candidates", "solver", "sampler_steps", "act_noise"}  # free with --eval-only
 # What a run without a config.json yet would overwrite in a folder of the user's.
 FILES = ("metrics.jsonl", "checkpoint.pt", "result.json", "eval.json", "curves.png", "bandit.png", "video.mp4")

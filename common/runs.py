@@ -259,8 +259,7 @@ class Run:
             self.writer.add_figure(name, figure, self.step)
 
     def diverged(self, what: str) -> TrainingError:
-        there = (self.path / "checkpoint.pt").exists()
-        kept = f"the last good checkpoint is kept in {self.path}" if there else "there is no checkpoint yet"
+        kept = f"the last good checkpoint, if there is one, is kept in {self.path}"
         return TrainingError(f"step {self.step}: {what}; {kept}; try a smaller learning rate or beta")
 
     def say(self, text: str) -> None:

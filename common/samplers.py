@@ -4,10 +4,6 @@ Time t runs over [0, 1], 0 = action (data), 1 = noise, and every sampler goes fr
 (B, A). `velocity` and `noise_prediction` are callables (x, t) -> (..., A) that act on every row by itself and get t as
 a 0-dim tensor; a `schedule` is an elementwise callable t -> (alpha, sigma) with x_t = alpha_t a + sigma_t eps.
 
-    ode                                 from a velocity: Euler, midpoint, Runge-Kutta 4
-    ddim, sde, dpm_solver_pp            from a noise prediction
-    with_jacobian, invert               of one step: its derivative, and the way back
-
 Everything is differentiable and never makes the host wait for the device. `sde` draws noise from torch's default
 generator.
 """
@@ -16,36 +12,32 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 from torch.func import vjp, vmap
 from torch.nn.functional import pad
 
-Model = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (..., A), () -> (..., A)
-Schedule = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # t -> alpha, sigma
-Step = Callable[[torch.Tensor], torch.Tensor]  # one step of a sampler, (..., A) -> (..., A)
+Model = Callable[[Tensor, Tensor], Tensor]  # (..., A), () -> (..., A)
+Schedule = Callable[[Tensor], tuple[Tensor, Tensor]]  # t -> alpha, sigma
+Step = Callable[[Tensor], Tensor]  # one step of a sampler, (..., A) -> (..., A)
 
 # A noise prediction says nothing about the action where alpha = 0, as at t = 1 of the cosine and the linear path: its
 # samplers begin here. They take N(0, I) for the marginal: wrong by alpha (1.6e-3, 1e-3) of the data's mean and scale.
 NOISE_START = 1.0 - 1e-3
 
 
-def time_grid(steps: int, x: torch.Tensor, power: float = 1.0) -> torch.Tensor:
-    """The nodes (k / steps) ** power from 1 to 0, (steps + 1,): uniform for 1, crowded towards the action for 2."""
-    return torch.linspace(1.0, 0.0, steps + 1, device=x.device, dtype=x.dtype) ** power
-
-
 # 1. From a velocity. One step of dx/dt = v(x, t), from time t to time s
 
 
-def euler(velocity: Model, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+def euler(velocity: Model, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     return x + (s - t) * velocity(x, t)
 
 
-def midpoint(velocity: Model, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+def midpoint(velocity: Model, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     half = (s - t) / 2
     return x + (s - t) * velocity(x + half * velocity(x, t), t + half)
 
 
-def rk4(velocity: Model, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+def rk4(velocity: Model, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     half = (s - t) / 2
     k1 = velocity(x, t)
     k2 = velocity(x + half * k1, t + half)
@@ -57,13 +49,7 @@ def rk4(velocity: Model, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> t
 METHODS = {"euler": euler, "midpoint": midpoint, "rk4": rk4}
 
 
-def ode_step(method: str) -> Callable[[Model, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    if method not in METHODS:
-        raise ValueError(f"unknown ODE method {method!r}: choose from {', '.join(METHODS)}")
-    return METHODS[method]
-
-
-def ode(velocity: Model, x: torch.Tensor, steps: int, method: str = "euler", power: float = 1.0) -> torch.Tensor:
+def ode(velocity: Model, x: Tensor, steps: int, method: str = "euler") -> Tensor:
     """Integrate dx/dt = v(x, t) from noise at t = 1 to actions at t = 0: (..., A) -> (..., A).
 
     The probability-flow ODE (Song et al. 2021, arXiv 2011.13456, Eq. (13)) or a flow (Lipman et al. 2023, 2210.02747).
@@ -71,53 +57,49 @@ def ode(velocity: Model, x: torch.Tensor, steps: int, method: str = "euler", pow
     four); any other raises ValueError. Euler and midpoint never evaluate at t = 0. rk4 does, in its very last stage: a
     velocity that is singular there (sigma' of the VP path) must guard itself.
     """
-    step = ode_step(method)
-    for t, s in pairwise(time_grid(steps, x, power)):
-        x = step(velocity, x, t, s)
+    if method not in METHODS:
+        raise ValueError(f"unknown ODE method {method!r}: choose from {', '.join(METHODS)}")
+    for t, s in pairwise(torch.linspace(1, 0, steps + 1, device=x.device, dtype=x.dtype)):
+        x = METHODS[method](velocity, x, t, s)
     return x
 
 
 # 2. From a noise prediction eps(x, t), which estimates the action as (x - sigma eps) / alpha
 
 
-def noise_nodes(schedule: Schedule, steps: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def noise_nodes(schedule: Schedule, steps: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """t, alpha and sigma at t = NOISE_START (k / steps)^2, dense at the action: three of (steps + 1,).
 
     A step in t is the longer for x the nearer it is to the action: ten even ones make a narrow mode half as wide.
     """
-    t = NOISE_START * time_grid(steps, x, power=2.0)
+    t = NOISE_START * torch.linspace(1, 0, steps + 1, device=x.device, dtype=x.dtype) ** 2
     return t, *schedule(t)
 
 
-def ddim(noise_prediction: Model, schedule: Schedule, x: torch.Tensor, steps: int) -> torch.Tensor:
-    """DDIM: Song et al. 2021 (arXiv 2010.02502), Eq. (12) without noise: (..., A) -> (..., A)."""
+def ddim(noise_prediction: Model, schedule: Schedule, x: Tensor, steps: int, redraw: bool = False) -> Tensor:
+    """DDIM: Song et al. 2021 (arXiv 2010.02502), Eq. (12): (..., A) -> (..., A); with `redraw` it is `sde`."""
     grid, alphas, sigmas = noise_nodes(schedule, steps, x)
     for t, (alpha, alpha_next), (sigma, sigma_next) in zip(grid, pairwise(alphas), pairwise(sigmas)):
         eps = noise_prediction(x, t)
         action = (x - sigma * eps) / alpha
+        if redraw:
+            kept = (alpha * sigma_next) / (alpha_next * sigma)  # in [0, 1): the ratio of alpha / sigma before and after
+            eps = kept * eps + (1 - kept**2).sqrt() * torch.randn_like(x)
         x = alpha_next * action + sigma_next * eps
     return x
 
 
-def sde(noise_prediction: Model, schedule: Schedule, x: torch.Tensor, steps: int) -> torch.Tensor:
+def sde(noise_prediction: Model, schedule: Schedule, x: Tensor, steps: int) -> Tensor:
     """The reverse-time SDE of Song et al. 2021 (arXiv 2011.13456), Eq. (6): (..., A) -> (..., A).
 
-    Each step draws from q(x_s | x_t, a) at the estimated action a: ancestral
-    sampling, Eq. (12) of arXiv 2010.02502 with eta = 1. To first order in the step this is Euler-Maruyama, but it needs
-    neither the drift and diffusion, infinite where alpha = 0, nor 1 / sigma at t = 0. It is DDIM with a part of the
-    noise drawn anew.
+    Each step draws from q(x_s | x_t, a) at the estimated action a: ancestral sampling, eta = 1 in DDIM's Eq. (12). To
+    first order in the step this is Euler-Maruyama, but needs neither the drift and diffusion, infinite where alpha = 0,
+    nor 1 / sigma at t = 0.
     """
-    grid, alphas, sigmas = noise_nodes(schedule, steps, x)
-    for t, (alpha, alpha_next), (sigma, sigma_next) in zip(grid, pairwise(alphas), pairwise(sigmas)):
-        eps = noise_prediction(x, t)
-        action = (x - sigma * eps) / alpha
-        kept = (alpha * sigma_next) / (alpha_next * sigma)  # in [0, 1): the ratio of alpha / sigma before and after
-        noise = kept * eps + (1 - kept**2).sqrt() * torch.randn_like(x)
-        x = alpha_next * action + sigma_next * noise
-    return x
+    return ddim(noise_prediction, schedule, x, steps, redraw=True)
 
 
-def dpm_solver_pp(noise_prediction: Model, schedule: Schedule, x: torch.Tensor, steps: int) -> torch.Tensor:
+def dpm_solver_pp(noise_prediction: Model, schedule: Schedule, x: Tensor, steps: int) -> Tensor:
     """DPM-Solver++(2M): Lu et al. 2022 (arXiv 2211.01095), Algorithm 2, on the nodes above: (..., A) -> (..., A).
 
     DDIM with the action estimate extrapolated along lambda = log(alpha / sigma), which makes it second order. The first
@@ -138,7 +120,7 @@ def dpm_solver_pp(noise_prediction: Model, schedule: Schedule, x: torch.Tensor, 
 # 3. Derivative and inverse of a step, for the density of the actions that it makes
 
 
-def with_jacobian(step: Step, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def with_jacobian(step: Step, x: Tensor) -> tuple[Tensor, Tensor]:
     """y = step(x) and dy_i/dx_j, its rows from one batch of A backward passes: (..., A) -> (..., A), (..., A, A).
 
     Not by forward-mode `jvp`: a second derivative through LayerNorm's is silently wrong (pytorch issue 196700).
@@ -148,7 +130,7 @@ def with_jacobian(step: Step, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return y, vmap(lambda e: pullback(e.expand_as(x))[0], out_dims=-2)(basis)
 
 
-def invert(step: Step, y: torch.Tensor, iterations: int = 4) -> torch.Tensor:
+def invert(step: Step, y: Tensor, iterations: int = 4) -> Tensor:
     """The x with step(x) = y, by Newton's method from x = y + (y - step(y)): (..., A) -> (..., A).
 
     Autograd records only the last iteration: at the solution its first derivatives, with respect to y and to what step

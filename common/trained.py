@@ -19,12 +19,12 @@ CRITIC = ("env", "critic_loss", "expectile", "linex_alpha", "discount", "reward_
 def read_config(folder: Path) -> dict | None:
     """A run's config.json; None if there is none. Raises UserError if it is damaged or of another version."""
     path = folder / "config.json"
+    if not path.exists():
+        return None
     try:
         config = json.loads(path.read_text())
         if config["format"] == FORMAT and {"algorithm", "args", "data", "command"} <= config.keys():
             return config
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except (OSError, ValueError, KeyError, TypeError):  # not to be read, not JSON, not a run's
         pass
     raise UserError(f"{path} is damaged, not that of a run, or of another version; choose another --run-dir")
@@ -45,8 +45,7 @@ def curves(folder: Path) -> Figure:
     rows = read_metrics(folder)
     names = sorted({key for row in rows for key in row} - {"step"})
     height = max(1, math.ceil(len(names) / 4))
-    figure = Figure(figsize=(12, 2.4 * height))
-    figure.subplots_adjust(0.05, 0.12 / height, 0.98, 1 - 0.12 / height, wspace=0.25, hspace=0.35)
+    figure = Figure(figsize=(12, 2.4 * height), layout="constrained")
     for k, name in enumerate(names, 1):
         axes = figure.add_subplot(height, 4, k, title=name)
         axes.plot(*zip(*[(row["step"], row[name]) for row in rows if name in row]), marker=".")
@@ -103,8 +102,7 @@ def numpy_or_torch(act: Callable, obs_dim: int, device: str | torch.device) -> C
 
     @torch.no_grad()
     def friendly(obs):
-        batch = obs if torch.is_tensor(obs) else np.array(obs, np.float32)
-        batch = torch.as_tensor(batch, dtype=torch.float32, device=device)
+        batch = torch.as_tensor(obs if torch.is_tensor(obs) else np.array(obs), dtype=torch.float32, device=device)
         if batch.ndim not in (1, 2) or batch.shape[-1] != obs_dim:
             raise ValueError(f"observations have shape {tuple(batch.shape)}; must be ({obs_dim},) or (B, {obs_dim})")
         if not batch.isfinite().all():
