@@ -17,7 +17,8 @@ FUNCTION_LINES, DEPTH, COLUMNS = 80, 4, 120
 
 # Lines, docstrings included.
 LINES = {"iql_critic.py": 380, "gmpo.py": 540, "gmpg.py": 540, "idql.py": 470, "common/runs.py": 270}
-COMMON_LINES = 1300  # of common/ without mazes.py
+COMMON_LINES = 1545  # of common/ without its simulators
+SIMULATORS = ("mazes", "physics", "robotics", "remade")  # D4RL's tasks, and data made in them: no reader needs these
 
 # How many lines `diff` may show: what a reader of the second file has to read after the first.
 DIFF_BUDGETS = {("iql_critic.py", "gmpo.py"): 450, ("gmpo.py", "gmpg.py"): 300, ("gmpo.py", "idql.py"): 450}
@@ -103,7 +104,8 @@ def test_a_file_stays_in_its_budget(name):
 
 
 def test_common_stays_in_its_budget():
-    assert sum(len(text(name).splitlines()) for name in COMMON if name != "common/mazes.py") <= COMMON_LINES
+    names = set(COMMON) - {f"common/{name}.py" for name in SIMULATORS}
+    assert sum(len(text(name).splitlines()) for name in names) <= COMMON_LINES
 
 
 def too_long_or_deep(source):
