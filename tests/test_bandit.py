@@ -95,7 +95,7 @@ def test_gmpo_and_gmpg_are_compared_with_exp_beta_q(algorithm, targets):
 @pytest.mark.parametrize("loss", ["expectile", "exponential"])
 def test_iql_is_compared_with_the_policy_its_v_is_the_value_of(targets, loss):
     args = iql_critic.Args(env="bandit", critic_loss=loss, expectile=0.7, linex_max=10**9)
-    iql_critic.evaluate(None, iql_critic.Critic(1, 2), iql_critic.GaussianActor(1, 2, 0.0), Run(), args)
+    iql_critic.evaluate(None, iql_critic.Critic(1, 2), iql_critic.GaussianPolicy(1, 2, 0.0), Run(), args)
     target, q = targets[0].double(), bandit.REWARDS.double()
     v = (target * q).sum()
     expected = torch.where(q > v, 0.7, 0.3) if loss == "expectile" else torch.expm1(q - v) / (q - v)

@@ -241,14 +241,14 @@ def test_the_critic_sees_normalised_observations(algorithm):
 
 def make_actor(dropout=0.0):
     torch.manual_seed(2)
-    actor = iql_critic.GaussianActor(OBS, ACT, dropout).double()
+    actor = iql_critic.GaussianPolicy(OBS, ACT, dropout).double()
     with torch.no_grad():
         actor.log_std.copy_(torch.tensor([-0.5, 0.3]))
     return actor
 
 
 def test_actor_is_iqls_network_with_dropout_after_its_hidden_layers():
-    actor = iql_critic.GaussianActor(17, 6, 0.1)
+    actor = iql_critic.GaussianPolicy(17, 6, 0.1)
     assert count(actor) == 71_942 + 6 and not actor.log_std.any()
     assert kinds(actor.net) == ["Linear", "ReLU", "Dropout", "Linear", "ReLU", "Dropout", "Linear"]
     assert [layer.p for layer in actor.net if isinstance(layer, torch.nn.Dropout)] == [0.1, 0.1]

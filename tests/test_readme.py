@@ -17,7 +17,8 @@ import gmpo
 from common import datasets, environments
 
 TEXT = (readme.ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^    ((?:python|for) .*?)(?: +#.*)?$", TEXT, re.M)
+PROSE = re.sub(r"^```.*?^```", "", TEXT, flags=re.M | re.S)  # without the blocks of Python
+COMMANDS = re.findall(r"^    ((?:python|for) .*?)(?: +#.*)?$", PROSE, re.M)
 SMALL = "--critic-steps 4 --policy-steps 4 --batch-size 8 --eval-episodes 1"
 
 

@@ -94,7 +94,7 @@ def check(checkpoint, **networks):
 
 def test_iqls_run_is_its_steps(trained):
     args, checkpoint = trained(iql_critic)
-    data, critic, actor = start(iql_critic, args, lambda: [iql_critic.GaussianActor(3, 2, args.dropout)])
+    data, critic, actor = start(iql_critic, args, lambda: [iql_critic.GaussianPolicy(3, 2, args.dropout)])
     critic_step, adam = critic_stepper(critic, data, args), torch.optim.Adam(actor.parameters())
     for k in range(STEPS):
         critic_step()
@@ -139,7 +139,7 @@ def test_gmpos_run_on_sampled_actions_is_its_steps_from_anothers_critic_and_beha
 
 def test_gmpgs_run_is_its_steps_from_the_warm_start_with_clipped_gradients(trained):
     args, checkpoint = trained(gmpg)
-    data, critic, behaviour, policy = start(gmpg, args, lambda: [gmpg.StateMLP(3, 2) for _ in range(2)])
+    data, critic, behaviour = start(gmpg, args, lambda: [gmpg.StateMLP(3, 2)])
     critic_step, adam = critic_stepper(critic, data, args), torch.optim.Adam(behaviour.parameters())
     for _ in range(STEPS):
         critic_step()
