@@ -9,6 +9,7 @@ agents.npz holds the weights, as float16. benchmarks/agents.py trained and chose
 and what each of them returns.
 """
 
+import sys
 from pathlib import Path
 
 import h5py
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from common import UserError, environments
 
-FAMILIES = ("hopper", "walker2d", "halfcheetah")
+FAMILIES = ("hopper",)
 MAKERS = {  # what comes between the family and -remade: the agents of the set, each for an equal share, in this order
     "medium": ("medium",),
     "medium-replay": ("replay1", "replay2", "replay3", "replay4", "medium"),
@@ -76,14 +77,14 @@ def generate(name: str, path: Path, rows: int = ROWS, seed: int = 0) -> None:
     family, kind = name.split("-", 1)
     makers, episodes, done = MAKERS[kind.removesuffix("-remade")], [], 0
     env = environments.make(family)
-    print(f"making {name}, {rows} steps of our own agents in MuJoCo, into {path}; this happens once")
-    with tqdm(total=rows, desc=f"making {name}", unit="step") as bar:
+    print(f"making {name}: {rows:,} steps of our own agents in MuJoCo, a few minutes, only this once")
+    with tqdm(desc=f"making {name}", total=rows, unit="step", mininterval=1 if sys.stderr.isatty() else 10) as bar:
         for number, role in enumerate(makers, 1):
             agent = load_agent(family, role)
             while done < rows * number // len(makers):
                 episodes.append(play(env, agent, seed + len(episodes)))
                 done += len(episodes[-1]["rewards"])
-                bar.update(len(episodes[-1]["rewards"]))
+                bar.update(min(done, rows) - bar.n)
     write(path, {key: np.concatenate([episode[key] for episode in episodes]) for key in episodes[0]})
 
 
