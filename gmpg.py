@@ -300,7 +300,7 @@ def matching_loss(net: nn.Module, obs: Tensor, action: Tensor, args: Args) -> Te
     alpha, sigma = alpha_sigma(t[:, None], args.path)
     d_alpha, d_sigma = d_alpha_sigma(t[:, None], args.path)
     x = alpha * action + sigma * eps  # Eq. (4)
-    # differs from GMPO: the velocity on the vp path too, as in the paper's GMPG, so that no 1 / sigma enters a density
+    # differs from GMPO: on the vp path too the net is the velocity itself, as in the paper's GMPG, not the noise
     target = d_alpha * action + d_sigma * eps
     return 0.5 * (net(x, t, obs) - target).square().sum(-1)  # Eq. (5)
 
@@ -379,7 +379,7 @@ def sample_with_log_density(net: nn.Module, obs: Tensor, args: Args) -> tuple[Te
 def log_density(net: nn.Module, obs: Tensor, action: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """Eq. (13) of given actions, (B, O), (B, A) -> (B,), and how well their steps were undone, (B,): where the largest
     miss is not tiny, the density is not to be trusted. Differentiable in the action and the net."""
-    # differs from the reference code: there the likelihood detaches its state, so that the KL has a wrong gradient
+    # differs from the reference code: there the likelihood detaches z, so that the KL has a wrong gradient
     z, log_dets, miss = action, 0.0, torch.zeros_like(action[:, 0])
     for t, t_next in reversed(times(obs, args)):
         step, z_next = euler_step(net, obs, t, t_next), z
@@ -457,7 +457,7 @@ def cosine(step: int, steps: int) -> float:
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards are scaled by the task's rule
+    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards as in IQL: locomotion's scaled, antmaze's - 1
     torch.manual_seed(args.seed)
     critic = Critic(data.obs_dim, data.action_dim).to(args.device)
     behaviour = make_policy(data.obs_dim, data.action_dim, args).to(args.device)  # the model of mu
@@ -465,7 +465,7 @@ def train(args: Args) -> dict:
         fit_normalizers(data.obs, critic, behaviour)
     policy = copy.deepcopy(behaviour)
     if args.critic:
-        trained.load_critic(critic, args)  # critic_steps is 0 then
+        trained.load_critic(critic, args)  # critic_steps is 0 then; refuses one of another loss
 
     # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
     adam = dict(fused=True, capturable=args.cudagraph)

@@ -376,7 +376,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 @torch.no_grad()
 def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
-    # differs from IQL: Q for Q', as in GMPO's code
+    # differs from IQL, whose policy_loss has Q' for Q: as in GMPO's code
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
@@ -469,14 +469,14 @@ def cosine(step: int, steps: int) -> float:
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards are scaled by the task's rule
+    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards as in IQL: locomotion's scaled, antmaze's - 1
     torch.manual_seed(args.seed)
     critic = Critic(data.obs_dim, data.action_dim).to(args.device)
     policy = make_policy(data.obs_dim, data.action_dim, args).to(args.device)
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, policy)
     if args.critic:
-        trained.load_critic(critic, args)  # critic_steps is 0 then
+        trained.load_critic(critic, args)  # critic_steps is 0 then; refuses one of another loss
     behaviour = load_net(args.behaviour, args.device) if args.behaviour else None  # the model of mu of Eq. (9)
 
     # capturable is for --cudagraph, where a learning rate that changes has to be a tensor

@@ -26,7 +26,7 @@ down when it acts: sample N actions of a model of mu, then choose among them by 
     (18) the one with the largest min_i Q'_i(s, a)           what the paper reports
 
 B is the batch, O the size of an observation, A of an action, N the candidates. Equations have the same number in every
-file. Read gmpo.py before this file: `diff gmpo.py idql.py` shows the weights move from the training to the acting.
+file. This file can be read alone; `diff gmpo.py idql.py` shows the weights move from the training to the acting.
 """
 
 import copy
@@ -393,7 +393,7 @@ def cosine(step: int, steps: int) -> float:
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards are scaled by the task's rule
+    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards as in IQL: locomotion's scaled, antmaze's - 1
     # differs from the authors' code: all of the data is trained on, not a random 95 %
     torch.manual_seed(args.seed)
     critic = Critic(data.obs_dim, data.action_dim).to(args.device)
@@ -401,7 +401,7 @@ def train(args: Args) -> dict:
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, policy)
     if args.critic:
-        trained.load_critic(critic, args)  # critic_steps is 0 then
+        trained.load_critic(critic, args)  # critic_steps is 0 then; refuses one of another loss
     ema = copy.deepcopy(policy).requires_grad_(False).eval()  # the average of the weights, the net that acts
 
     # capturable is for --cudagraph, where a learning rate that changes has to be a tensor

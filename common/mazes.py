@@ -376,7 +376,7 @@ def picture(name: str, positions: np.ndarray, trajectories: list[np.ndarray], go
     for k, trajectory in enumerate(trajectories):
         axes.plot(*trajectory.T, color=f"C{k}", linewidth=1)
         axes.plot(*trajectory[0], "o", color=f"C{k}", markersize=4)
-    for goal in goals:
+    for goal in np.unique(np.reshape(goals, (-1, 2)), axis=0):
         axes.add_patch(Circle(goal, GOAL_RADIUS, color="tab:green", alpha=0.3, linewidth=0))
     axes.set(title=name, xlabel="x in metres", ylabel="y in metres", aspect="equal")
     axes.autoscale_view()
