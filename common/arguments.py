@@ -34,7 +34,7 @@ class RunArgs:
     """The arguments that are about the run and no paper. A field that is None takes the dataset's setting."""
 
     env: str = "halfcheetah-demo"
-    """the data: halfcheetah-demo, bandit, a D4RL name (hopper-medium-v2), minari:NAME, or an HDF5 file's path"""
+    """the data: halfcheetah-demo, bandit, maze2d-umaze-remade, a D4RL name, minari:NAME, or an HDF5 or .npz file"""
     eval_env: str | None = None
     """where own data's policy is scored: a D4RL name such as hopper (its score), or a Gymnasium id (raw return)"""
     seed: Steps = 0
@@ -78,7 +78,8 @@ FREE = {field.name for field in dataclasses.fields(RunArgs)} | {"policy_steps"}
 FREE -= {"env", "eval_env", "seed", "reward_scale", "rescale_actions", "normalize_obs"}
 ACTING = {"extraction", "candidates", "solver", "sampler_steps", "act_noise"}  # free with --eval-only
 # What a run without a config.json yet would overwrite in a folder of the user's.
-FILES = ("metrics.jsonl", "checkpoint.pt", "result.json", "eval.json", "curves.png", "bandit.png", "video.mp4")
+FILES = ("metrics.jsonl", "checkpoint.pt", "result.json", "eval.json", "video.mp4")
+FILES += ("curves.png", "bandit.png", "maze.png")
 
 
 def main(algorithm: str, train: Callable, args_type: type, settings: dict) -> None:
