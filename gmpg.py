@@ -50,7 +50,7 @@ from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 NAME = "gmpg"
 
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments; RunArgs has --env, --seed, ... . Amount, Steps: >= 0; Count: >= 1; Share: in [0, 1]; Inside: in (0, 1)
+# 1. Arguments; RunArgs has --env, --eval-every, ... Amount, Steps: >= 0; Count: >= 1; Share: [0, 1]; Inside: (0, 1)
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Args(RunArgs):
     policy_lr: Amount | None = None
     """Adam's learning rate for the policy"""
     beta: Amount | None = None
-    """inverse temperature of Eq. (14), in nats: 0 is behaviour cloning, large is greedy"""
+    """inverse temperature of Eq. (14), whose KL is in nats: 0 is behaviour cloning, large is greedy"""
     grad_norm: Amount = 10.0
     """the policy's gradient is clipped to this norm"""
     batch_size: Count | None = None
@@ -101,8 +101,8 @@ OURS = dict(
     eval_every=100,
 )  # fmt: skip
 
-# What an argument that is None becomes: "*", changed by the first entry that exists of: the dataset's name; "own data",
-# for a file; "maze2d-remade" or "remade", for hopper-medium-remade and its like; its first word, such as antmaze.
+# What an argument that is None becomes: its value in "*", or in the one entry that overrides it, the first there is of
+# the dataset's name; "own data" for a file; for names in -remade "maze2d-remade", else "remade"; the name's first word.
 SETTINGS = {
     # The reference code's values. Its loss divides the KL by A ln 2, so that beta here is its beta times A ln 2. Its
     # budget, up to 24 500 updates of 40 960 states and 999 steps, takes a GPU months; this one is ours, and untried.
@@ -125,11 +125,11 @@ SETTINGS = {
         for maze, policy_lr in (("umaze", 2e-6), ("umaze-diverse", 5e-6), ("medium-play", 1e-6),
                                 ("medium-diverse", 5e-6), ("large-play", 5e-6), ("large-diverse", 5e-6))
     },
-    **{family: dict(beta=0.5) for family in ("kitchen", "pen", "hammer", "door", "relocate")},  # IQL's, for want of one
+    **{name: dict(beta=0.5) for name in ("kitchen", "pen", "hammer", "door", "relocate")},  # IQL's; the paper has none
     "antmaze": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
     # Ours: budgets of minutes, chosen by trying.
     "halfcheetah-demo": OURS | dict(
-        critic_steps=15_000, behaviour_steps=10_000, policy_steps=400, policy_batch_size=64, beta=2.0, eval_every=100,
+        critic_steps=15_000, behaviour_steps=10_000, policy_steps=400, policy_batch_size=64, beta=2.0,
     ),
     "bandit": OURS | dict(
         critic_lr=1e-3, critic_steps=1_500, behaviour_steps=8_000, behaviour_lr=3e-3, policy_steps=200,
@@ -169,8 +169,8 @@ def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
 
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
-    # differs from GMPO's and IDQL's code: critic weights start orthogonal, as in IQL; GMPO's code uses torch's default,
-    # IDQL's Xavier-uniform
+    # differs from the code of GMPO and GMPG, called GenerativeRL (torch's default), and from IDQL's (Xavier-uniform):
+    # critic weights start orthogonal, as in IQL's code
     layers = []
     for size_in, size_out in zip(sizes[:-1], sizes[1:]):
         linear = nn.Linear(size_in, size_out)
@@ -328,7 +328,7 @@ def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tens
     and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
         q_prime = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
-        # differs from IQL's and IDQL's code: V as it is before its own step, as in GMPO's code; theirs is after it
+        # differs from IQL's and IDQL's code, which step V first: here V is not stepped yet, as in GenerativeRL
         td_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
     v, q = critic.v(batch.obs), critic.q(batch.obs, batch.action)  # (B,), (2, B)
     v_loss = f(q_prime - v, args).mean()  # Eq. (1)
@@ -439,7 +439,7 @@ def evaluate(actor: Callable, run: runs.Run, args: Args) -> dict:
         torch.manual_seed(args.seed + run.step)  # the step that `train` is at
         if args.env == "bandit":
             return evaluate_bandit(actor, run, args)
-        return run.scores(actor) if args.eval_env else {}  # None: there is nothing to play in
+        return run.scores(actor) if args.eval_env else {}  # else there is nothing to play in
 
 
 def evaluate_bandit(actor: Callable, run: runs.Run, args: Args) -> dict:
@@ -463,9 +463,9 @@ def train(args: Args) -> dict:
     behaviour = make_policy(data.obs_dim, data.action_dim, args).to(args.device)  # the model of mu
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, behaviour)
-    policy = copy.deepcopy(behaviour)
+    policy = copy.deepcopy(behaviour)  # it gets mu's weights again when mu is trained, in the loop
     if args.critic:
-        trained.load_critic(critic, args)  # critic_steps is 0 then; refuses one of another loss
+        trained.load_critic(critic, args)  # a critic trained with another f is refused; `prepare` made critic_steps 0
 
     # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
     adam = dict(fused=True, capturable=args.cudagraph)
@@ -504,7 +504,7 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # each becomes a CUDA graph at its first call, which comes after `restore`
+    if args.cudagraph:  # recorded at the first call: after `restore`, which replaces tensors that a graph holds
         updates = critic_update, behaviour_update, policy_update
         critic_update, behaviour_update, policy_update = map(runs.captured, updates)
     run = runs.Run(  # saves and restores what it is given by name

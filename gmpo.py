@@ -52,7 +52,7 @@ from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 NAME = "gmpo"
 
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments; RunArgs has --env, --seed, ... . Amount, Steps: >= 0; Count: >= 1; Share: in [0, 1]; Inside: in (0, 1)
+# 1. Arguments; RunArgs has --env, --eval-every, ... Amount, Steps: >= 0; Count: >= 1; Share: [0, 1]; Inside: (0, 1)
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Args(RunArgs):
     network: Literal["mlp", "paper"] | None = None
     """paper: the reference code's U-shaped net, the state squeezed into 32 numbers; mlp: the state beside the action"""
     solver: Literal["dpmpp", "ddim", "sde", "euler", "midpoint", "rk4"] = "dpmpp"
-    """how Eq. (6) is integrated; dpmpp is DPM-Solver++(2M), the others need more steps than its 10"""
+    """how Eq. (6) is integrated, by sde with noise in every step; all but dpmpp, DPM-Solver++(2M), need more steps"""
     sampler_steps: Count | None = None
     """steps of the sampler"""
     act_noise: Amount = 1.0
@@ -102,8 +102,8 @@ class Args(RunArgs):
 # differs from the paper: on data that are not D4RL's the net is a plain MLP, an eleventh of the size of the paper's
 OURS = dict(batch_size=256, policy_lr=1e-3, lr_decay=True, normalize_obs=True, network="mlp")
 
-# What an argument that is None becomes: "*", changed by the first entry that exists of: the dataset's name; "own data",
-# for a file; "maze2d-remade" or "remade", for hopper-medium-remade and its like; its first word, such as antmaze.
+# What an argument that is None becomes: its value in "*", or in the one entry that overrides it, the first there is of
+# the dataset's name; "own data" for a file; for names in -remade "maze2d-remade", else "remade"; the name's first word.
 SETTINGS = {
     # The reference code's, its epochs turned into steps at its batch of 4096; sampler_steps and eval_every are ours.
     "*": dict(
@@ -126,7 +126,7 @@ SETTINGS = {
         for maze, beta in (("umaze-diverse", 16.0), ("medium-play", 12.0), ("medium-diverse", 12.0),
                            ("large-play", 16.0), ("large-diverse", 4.0))
     },
-    **{family: dict(beta=0.5) for family in ("kitchen", "pen", "hammer", "door", "relocate")},  # IQL's, for want of one
+    **{name: dict(beta=0.5) for name in ("kitchen", "pen", "hammer", "door", "relocate")},  # IQL's: the paper has none
     "antmaze": dict(expectile=0.9, beta=10.0),
     # Ours: budgets of minutes, chosen by trying.
     "halfcheetah-demo": OURS | dict(critic_steps=15_000, policy_steps=10_000, beta=1.0, eval_every=2_500),
@@ -166,8 +166,8 @@ def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
 
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
-    # differs from GMPO's and IDQL's code: critic weights start orthogonal, as in IQL; GMPO's code uses torch's default,
-    # IDQL's Xavier-uniform
+    # differs from the code of GMPO and GMPG, called GenerativeRL (torch's default), and from IDQL's (Xavier-uniform):
+    # critic weights start orthogonal, as in IQL's code
     layers = []
     for size_in, size_out in zip(sizes[:-1], sizes[1:]):
         linear = nn.Linear(size_in, size_out)
@@ -324,7 +324,7 @@ def noise_prediction(net: nn.Module, x: Tensor, t: Tensor, obs: Tensor, path: st
 
 
 def sample(net: nn.Module, obs: Tensor, args: Args, noise_scale: float = 1.0) -> Tensor:
-    """Eq. (6): noise to actions, (B, O) -> (B, A), not clipped."""
+    """Eq. (6), in the solvers other than ode written with eps for the velocity: (B, O) -> (B, A), not clipped."""
     # differs from the paper: DPM-Solver++(2M) with 10 steps, shorter near the action, not Euler with 31 equal ones
     x = noise_scale * torch.randn(len(obs), net.action_dim, device=obs.device)
     if args.solver in ("euler", "midpoint", "rk4"):
@@ -357,7 +357,7 @@ def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tens
     and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
         q_prime = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
-        # differs from IQL's and IDQL's code: V as it is before its own step, as in GMPO's code; theirs is after it
+        # differs from IQL's and IDQL's code, which step V first: here V is not stepped yet, as in GenerativeRL
         td_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
     v, q = critic.v(batch.obs), critic.q(batch.obs, batch.action)  # (B,), (2, B)
     v_loss = f(q_prime - v, args).mean()  # Eq. (1)
@@ -376,7 +376,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 @torch.no_grad()
 def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
-    # differs from IQL, whose policy_loss has Q' for Q: as in GMPO's code
+    # differs from IQL, which weighs by Q' - V: here it is Q - V, as in GenerativeRL
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
@@ -451,7 +451,7 @@ def evaluate(actor: Callable, run: runs.Run, args: Args) -> dict:
         torch.manual_seed(args.seed + run.step)  # the step that `train` is at
         if args.env == "bandit":
             return evaluate_bandit(actor, run, args)
-        return run.scores(actor) if args.eval_env else {}  # None: there is nothing to play in
+        return run.scores(actor) if args.eval_env else {}  # else there is nothing to play in
 
 
 def evaluate_bandit(actor: Callable, run: runs.Run, args: Args) -> dict:
@@ -476,7 +476,7 @@ def train(args: Args) -> dict:
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, policy)
     if args.critic:
-        trained.load_critic(critic, args)  # critic_steps is 0 then; refuses one of another loss
+        trained.load_critic(critic, args)  # a critic trained with another f is refused; `prepare` made critic_steps 0
     behaviour = load_net(args.behaviour, args.device) if args.behaviour else None  # the model of mu of Eq. (9)
 
     # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
@@ -509,7 +509,7 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # each becomes a CUDA graph at its first call, which comes after `restore`
+    if args.cudagraph:  # recorded at the first call: after `restore`, which replaces tensors that a graph holds
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     run = runs.Run(  # saves and restores what it is given by name
         args, NAME, data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,
@@ -518,7 +518,7 @@ def train(args: Args) -> dict:
     start = run.restore()  # loads the checkpoint if there is one; the steps that are done already
     actor = partial(act_fn, policy, args=args)  # (B, O) -> (B, A)
     if args.eval_only:
-        return run.show(evaluate(actor, run, args), actor)
+        return run.show(evaluate(actor, run, args), actor)  # prints the scores; plays once more with --video
 
     for step, phase in run.steps(start):  # all steps of a phase, then those of the next; step counts on, from 1
         if phase == "critic":

@@ -48,7 +48,7 @@ from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 NAME = "idql"
 
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments; RunArgs has --env, --seed, ... . Amount, Steps: >= 0; Count: >= 1; Share: in [0, 1]; Inside: in (0, 1)
+# 1. Arguments; RunArgs has --env, --eval-every, ... Amount, Steps: >= 0; Count: >= 1; Share: [0, 1]; Inside: (0, 1)
 
 
 @dataclass
@@ -64,9 +64,9 @@ class Args(RunArgs):
     expectile: Inside | None = None
     """tau of Eq. (1): 0.5 is the mean over the data's actions, towards 1 it becomes the best of them"""
     linex_alpha: Amount = 1.0
-    """alpha of the exponential loss, on the scale of the scaled rewards"""
+    """alpha of the exponential loss, f(u) = exp(alpha u) - alpha u"""
     linex_max: Count = 6
-    """exp(alpha u) grows linearly from this value on, in the exponential loss"""
+    """where exp(alpha u) reaches this value, a straight line takes its place, against overflow"""
     discount: Share = 0.99
     """gamma"""
     target_rate: Share = 0.005
@@ -97,8 +97,8 @@ class Args(RunArgs):
 
 OURS = dict(policy_batch_size=256, normalize_obs=True, eval_every=10_000)  # for data that are not D4RL's
 
-# What an argument that is None becomes: "*", changed by the first entry that exists of: the dataset's name; "own data",
-# for a file; "maze2d-remade" or "remade", for hopper-medium-remade and its like; its first word, such as antmaze.
+# What an argument that is None becomes: its value in "*", or in the one entry that overrides it, the first there is of
+# the dataset's name; "own data" for a file; for names in -remade "maze2d-remade", else "remade"; the name's first word.
 SETTINGS = {
     # The paper's text: two actor steps of 1024 for each of the critic's 256. The authors' last code has other settings.
     "*": dict(
@@ -145,8 +145,8 @@ def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
 
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
-    # differs from GMPO's and IDQL's code: critic weights start orthogonal, as in IQL; GMPO's code uses torch's default,
-    # IDQL's Xavier-uniform
+    # differs from the code of GMPO and GMPG, called GenerativeRL (torch's default), and from IDQL's (Xavier-uniform):
+    # critic weights start orthogonal, as in IQL's code
     layers = []
     for size_in, size_out in zip(sizes[:-1], sizes[1:]):
         linear = nn.Linear(size_in, size_out)
@@ -226,7 +226,7 @@ class LNResNet(nn.Module):
 
 
 def betas(args: Args, device: str | torch.device = "cpu") -> Tensor:
-    """The (T,) noise variances of Eq. (15): the variance-preserving schedule, from 0.1 to 10, in T steps."""
+    """The (T,) beta_t of Eq. (15): 1 - exp(-what a rate that rises from 0.1 to 10 in T steps adds up to in step t)."""
     steps = args.diffusion_steps
     i = torch.arange(1, steps + 1, dtype=torch.float64, device=device)
     return (1 - torch.exp(-0.1 / steps - 0.5 * 9.9 * (2 * i - 1) / steps**2)).float()
@@ -240,7 +240,7 @@ def sample(net: nn.Module, obs: Tensor, args: Args) -> Tensor:
     for t in reversed(range(args.diffusion_steps)):
         eps = net(x, torch.full_like(x[:, 0], t), obs)
         x = (x - beta[t] / (1 - bar[t]).sqrt() * eps) / (1 - beta[t]).sqrt()
-        if t > 0:
+        if t > 0:  # the last step adds no noise
             x = x + beta[t].sqrt() * torch.randn_like(x)
         x = x.clamp(-1, 1)  # x itself, noise included, after every step
     return x
@@ -274,7 +274,7 @@ def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tens
     and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
         q_prime = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
-        # differs from IQL's and IDQL's code: V as it is before its own step, as in GMPO's code; theirs is after it
+        # differs from IQL's and IDQL's code, which step V first: here V is not stepped yet, as in GenerativeRL
         td_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
     v, q = critic.v(batch.obs), critic.q(batch.obs, batch.action)  # (B,), (2, B)
     v_loss = f(q_prime - v, args).mean()  # Eq. (1)
@@ -300,12 +300,12 @@ def implicit_weights(u: Tensor, args: Args, floor: float = 1e-3) -> Tensor:
         return share / u.abs().clamp(min=floor)  # singular at u = 0
     x = args.linex_alpha * u
     small = x.abs() < 1e-6
-    x = torch.where(small, 1.0, x)
+    x = torch.where(small, 1.0, x)  # not to divide 0 by 0; the limit is 1
     return torch.where(small, 1.0, torch.expm1(x.clamp(max=math.log(args.linex_max))) / x)
 
 
 def implicit_target(args: Args) -> Tensor:
-    """Eq. (11) in closed form on the bandit: one state, eight actions alike in the data, rewards from 0 to 1: (8,)."""
+    """Eq. (11) in closed form on the bandit: eight actions, equally frequent, with rewards in [0, 1]: (8,)."""
     values = torch.linspace(0, 1, 100_001)
     optimal_v = values[f(bandit.REWARDS[:, None] - values, args).mean(0).argmin()]  # Eq. (1) at its minimum
     weight = implicit_weights(bandit.REWARDS - optimal_v, args)
@@ -371,7 +371,7 @@ def evaluate(actor: Callable, run: runs.Run, args: Args) -> dict:
         torch.manual_seed(args.seed + run.step)  # the step that `train` is at
         if args.env == "bandit":
             return evaluate_bandit(actor, run, args)
-        return run.scores(actor) if args.eval_env else {}  # None: there is nothing to play in
+        return run.scores(actor) if args.eval_env else {}  # else there is nothing to play in
 
 
 def evaluate_bandit(actor: Callable, run: runs.Run, args: Args) -> dict:
@@ -401,7 +401,7 @@ def train(args: Args) -> dict:
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, policy)
     if args.critic:
-        trained.load_critic(critic, args)  # critic_steps is 0 then; refuses one of another loss
+        trained.load_critic(critic, args)  # a critic trained with another f is refused; `prepare` made critic_steps 0
     ema = copy.deepcopy(policy).requires_grad_(False).eval()  # the average of the weights, the net that acts
 
     # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
@@ -429,7 +429,7 @@ def train(args: Args) -> dict:
         update_target(ema, policy, args.ema_rate)
         return metrics
 
-    if args.cudagraph:  # each becomes a CUDA graph at its first call, which comes after `restore`
+    if args.cudagraph:  # recorded at the first call: after `restore`, which replaces tensors that a graph holds
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     run = runs.Run(  # saves and restores what it is given by name
         args, NAME, data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,
@@ -440,7 +440,7 @@ def train(args: Args) -> dict:
     if args.eval_only:
         return run.show(evaluate(actor, run, args) | {"eval/candidates": args.candidates}, actor)
 
-    # differs from the authors' code: first critic, then policy; theirs alternates, half of the policy's batches empty
+    # differs from the authors' code: first critic, then policy; theirs alternates
     for step, phase in run.steps(start):  # all steps of a phase, then those of the next; step counts on, from 1
         if phase == "critic":
             metrics = critic_update()

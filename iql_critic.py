@@ -44,7 +44,7 @@ from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 NAME = "iql_critic"
 
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments; RunArgs has --env, --seed, ... . Amount, Steps: >= 0; Count: >= 1; Share: in [0, 1]; Inside: in (0, 1)
+# 1. Arguments; RunArgs has --env, --eval-every, ... Amount, Steps: >= 0; Count: >= 1; Share: [0, 1]; Inside: (0, 1)
 
 
 @dataclass
@@ -58,9 +58,9 @@ class Args(RunArgs):
     expectile: Inside | None = None
     """tau of Eq. (1): 0.5 is the mean over the data's actions, towards 1 it becomes the best of them"""
     linex_alpha: Amount = 1.0
-    """alpha of the exponential loss, on the scale of the scaled rewards"""
+    """alpha of the exponential loss, f(u) = exp(alpha u) - alpha u"""
     linex_max: Count = 6
-    """exp(alpha u) grows linearly from this value on, in the exponential loss"""
+    """where exp(alpha u) reaches this value, a straight line takes its place, against overflow"""
     discount: Share = 0.99
     """gamma"""
     target_rate: Share = 0.005
@@ -82,8 +82,8 @@ class Args(RunArgs):
     """transitions a gradient step"""
 
 
-# What an argument that is None becomes: "*", changed by the first entry that exists of: the dataset's name; "own data",
-# for a file; "maze2d-remade" or "remade", for hopper-medium-remade and its like; its first word, such as antmaze.
+# What an argument that is None becomes: its value in "*", or in the one entry that overrides it, the first there is of
+# the dataset's name; "own data" for a file; for names in -remade "maze2d-remade", else "remade"; the name's first word.
 SETTINGS = {
     "*": dict(  # IQL's own
         critic_lr=3e-4, critic_steps=1_000_000, policy_steps=1_000_000, policy_lr=3e-4, lr_decay=True,
@@ -126,8 +126,8 @@ def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
 
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
-    # differs from GMPO's and IDQL's code: critic weights start orthogonal, as in IQL; GMPO's code uses torch's default,
-    # IDQL's Xavier-uniform
+    # differs from the code of GMPO and GMPG, called GenerativeRL (torch's default), and from IDQL's (Xavier-uniform):
+    # critic weights start orthogonal, as in IQL's code
     layers = []
     for size_in, size_out in zip(sizes[:-1], sizes[1:]):
         linear = nn.Linear(size_in, size_out)
@@ -167,11 +167,11 @@ class GaussianPolicy(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, dropout: float):
         super().__init__()
         self.normalize, self.log_std = Normalize(obs_dim), nn.Parameter(torch.zeros(action_dim))
-        first, relu, second, relu, last = mlp(obs_dim, 256, 256, action_dim)
+        first, relu, second, _, last = mlp(obs_dim, 256, 256, action_dim)
         self.net = nn.Sequential(first, relu, nn.Dropout(dropout), second, relu, nn.Dropout(dropout), last)
 
     def forward(self, obs: Tensor) -> torch.distributions.Normal:
-        # not a squashed Gaussian: tanh is inside the mean, samples may leave [-1, 1]
+        # not a squashed Gaussian: tanh is inside the mean, samples may leave [-1, 1]; a check would make a GPU wait
         mean = torch.tanh(self.net(self.normalize(obs)))
         return torch.distributions.Normal(mean, self.log_std.clamp(-5, 2).exp(), validate_args=False)
 
@@ -204,7 +204,7 @@ def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tens
     and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
         q_prime = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
-        # differs from IQL's and IDQL's code: V as it is before its own step, as in GMPO's code; theirs is after it
+        # differs from IQL's and IDQL's code, which step V first: here V is not stepped yet, as in GenerativeRL
         td_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
     v, q = critic.v(batch.obs), critic.q(batch.obs, batch.action)  # (B,), (2, B)
     v_loss = f(q_prime - v, args).mean()  # Eq. (1)
@@ -223,7 +223,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 @torch.no_grad()
 def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
-    # differs from IQL, whose policy_loss has Q' for Q: as in GMPO's code
+    # differs from IQL, which weighs by Q' - V: here it is Q - V, as in GenerativeRL
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
@@ -238,12 +238,12 @@ def implicit_weights(u: Tensor, args: Args, floor: float = 1e-3) -> Tensor:
         return share / u.abs().clamp(min=floor)  # singular at u = 0
     x = args.linex_alpha * u
     small = x.abs() < 1e-6
-    x = torch.where(small, 1.0, x)
+    x = torch.where(small, 1.0, x)  # not to divide 0 by 0; the limit is 1
     return torch.where(small, 1.0, torch.expm1(x.clamp(max=math.log(args.linex_max))) / x)
 
 
 def implicit_target(args: Args) -> Tensor:
-    """Eq. (11) in closed form on the bandit: one state, eight actions alike in the data, rewards from 0 to 1: (8,)."""
+    """Eq. (11) in closed form on the bandit: eight actions, equally frequent, with rewards in [0, 1]: (8,)."""
     values = torch.linspace(0, 1, 100_001)
     optimal_v = values[f(bandit.REWARDS[:, None] - values, args).mean(0).argmin()]  # Eq. (1) at its minimum
     weight = implicit_weights(bandit.REWARDS - optimal_v, args)
@@ -286,7 +286,7 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
     Raises UserError if the run (its folder, or checkpoint.pt) can't be read.
     """
     checkpoint = trained.load_checkpoint(path, NAME)
-    args, sizes = trained.saved_args(checkpoint, Args), checkpoint["sizes"]
+    args, sizes = trained.saved_args(checkpoint, Args), checkpoint["sizes"]  # obs_dim, action_dim
     policy = GaussianPolicy(*sizes, args.dropout).to(device).eval()
     policy.load_state_dict(checkpoint["policy"])
     return trained.numpy_or_torch(lambda obs: act(policy, obs), sizes[0], device)
@@ -303,7 +303,7 @@ def evaluate(actor: Callable, critic: Critic, policy: GaussianPolicy, run: runs.
     with torch.random.fork_rng():  # training goes on as if there had been no evaluation
         torch.manual_seed(args.seed + run.step)  # the step that `train` is at
         if args.env != "bandit":
-            return run.scores(actor) if args.eval_env else {}  # None: there is nothing to play in
+            return run.scores(actor) if args.eval_env else {}  # else there is nothing to play in
         weight = implicit_weights(advantages(critic, run.data), args)
         implicit = run.data.action[torch.multinomial(weight, 4096, replacement=True)]
         gaussian = policy.eval()(run.data.obs[:4096]).sample()
@@ -349,7 +349,7 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # each becomes a CUDA graph at its first call, which comes after `restore`
+    if args.cudagraph:  # recorded at the first call: after `restore`, which replaces tensors that a graph holds
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     total = max(args.critic_steps, args.policy_steps)  # the two are trained side by side, in one phase
     run = runs.Run(  # saves and restores what it is given by name
