@@ -94,7 +94,7 @@ SETTINGS = {
     # Ours: budgets of minutes, chosen by trying.
     "halfcheetah-demo": dict(critic_steps=15_000, policy_steps=15_000, beta=1.0, normalize_obs=True, eval_every=5_000),
     "bandit": dict(critic_lr=1e-3, critic_steps=1_500, policy_steps=1_500, policy_lr=1e-3, beta=2.0, eval_every=500),
-    "maze2d-remade": dict(critic_steps=100_000, policy_steps=100_000, normalize_obs=True, eval_every=20_000),
+    "maze2d-remade": dict(critic_steps=100_000, policy_steps=100_000, beta=10.0, normalize_obs=True, eval_every=20_000),
     "remade": dict(critic_steps=200_000, policy_steps=200_000, normalize_obs=True, eval_every=20_000),
     "own data": dict(critic_steps=100_000, policy_steps=100_000, beta=0.3, normalize_obs=True, eval_every=10_000),
 }  # fmt: skip
