@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -22,7 +23,7 @@ class Rule(NamedTuple):
 
 
 Count = Annotated[int, Rule(lambda n: n >= 1, "must be at least 1")]
-Steps = Annotated[int, Rule(lambda n: n >= 0, "must not be negative")]
+Steps = Annotated[int, Rule(lambda n: 0 <= n < 2**63, "must not be negative, and be less than 2^63")]
 Amount = Annotated[float, Rule(lambda x: 0 <= x < math.inf, "must be a finite number that is not negative")]
 Factor = Annotated[float, Rule(lambda x: 0 < x < math.inf, "must be a finite number above 0")]
 Share = Annotated[float, Rule(lambda x: 0 <= x <= 1, "must lie between 0 and 1")]
@@ -84,11 +85,16 @@ FILES += ("curves.png", "bandit.png", "maze.png")
 
 def main(algorithm: str, train: Callable, args_type: type, settings: dict) -> None:
     """Read the command line and train. Exit codes: 2 the user's mistake, 1 a failure, 130 Ctrl-C, 143 SIGTERM."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     try:
         train(read_command_line(algorithm, args_type, settings))
         return
-    except (UserError, TrainingError, OSError) as error:
+    except (UserError, TrainingError) as error:
         code, text = 2 if isinstance(error, UserError) else 1, f"error: {error}"
+    except (OSError, MemoryError, RuntimeError) as error:  # a full disk or memory, nobody who reads the output
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        code, text = 1, f"error: {' '.join(str(error).split()) or repr(error):.250}; mend that, then --resume goes on"
     except Interrupted as stop:
         code, text = 128 + stop.args[0], stop.args[1]
     except KeyboardInterrupt:
@@ -111,13 +117,13 @@ def read_command_line(algorithm: str, args_type: type, settings: dict):
 
 
 def own_data(env: str) -> bool:
-    return env.startswith(environments.MINARI) or Path(env).suffix != "" or Path(env).is_file()
+    return env.startswith(environments.MINARI) or Path(env).suffix != "" or os.path.isfile(os.path.expanduser(env))
 
 
 def folder(args, algorithm: str) -> Path:
     """Where a run is: args.run_dir, or a name made of data, algorithm and seed."""
     name = re.sub("[:/]", "-", args.env) if args.env.startswith(environments.MINARI) else Path(args.env).stem
-    return Path(args.run_dir or f"runs/{name}/{algorithm}/seed{args.seed}")
+    return Path(os.path.expanduser(args.run_dir or f"runs/{name}/{algorithm}/seed{args.seed}"))
 
 
 def lookup(settings: dict, env: str) -> tuple[str, dict]:
@@ -139,6 +145,9 @@ def prepare(args, settings: dict, algorithm: str) -> tuple:
     )
     if args.eval_env:
         datasets.check_sizes(data, environments.make(args.eval_env))
+    model = getattr(args, "behaviour", None)
+    if model and (old := trained.load_checkpoint(model)["args"]["env"]) != args.env:
+        raise UserError(f"the model in {model} is one with --env {old}, not {args.env}; give the same")
     score = f"{args.eval_env}, {args.eval_episodes} episodes" if args.eval_env else "none, see --eval-env"
     score = "against the closed form" if args.env == "bandit" else score
     print("\n".join([*data.describe(), f"score: {score}; device: {args.device}"]))
@@ -156,10 +165,10 @@ def fill_in(args, settings: dict, algorithm: str):
 
     Raises UserError for a number, a device or an environment that makes no sense, and for a folder of another run.
     """
-    args = dataclasses.replace(args, env=str(Path(args.env).resolve()) if Path(args.env).is_file() else args.env)
+    file = os.path.realpath(os.path.expanduser(args.env))  # the folder is named after a link, not what it leads to
+    args = dataclasses.replace(args, run_dir=folder(args, algorithm), env=file if os.path.isfile(file) else args.env)
     for name in {"critic", "behaviour"} & vars(args).keys():
-        setattr(args, name, getattr(args, name) and Path(getattr(args, name)).resolve())
-    args.run_dir = folder(args, algorithm)
+        setattr(args, name, getattr(args, name) and Path(os.path.expanduser(getattr(args, name))).resolve())
     agree_with_folder(args, algorithm)
     for field, value in lookup(settings, args.env)[1].items():
         if getattr(args, field) is None:
@@ -167,7 +176,7 @@ def fill_in(args, settings: dict, algorithm: str):
     for field, kind in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, field)
         for rule in (rule for part in (kind, *get_args(kind)) for rule in getattr(part, "__metadata__", ())):
-            if value is not None and not rule.holds(value):
+            if value is not None and not (isinstance(value, int | float) and rule.holds(value)):
                 raise UserError(f"--{field.replace('_', '-')} {value}: {rule.words}")
     if getattr(args, "critic", None):
         args.critic_steps = 0
@@ -212,7 +221,7 @@ def agree_with_folder(args, algorithm: str) -> None:
         raise UserError(f"{path} holds a run of {config['algorithm']}.py; choose another --run-dir")
     if not args.resume and not args.eval_only:
         raise UserError(f"{path} holds a run already; add --resume to go on with it, or choose another --run-dir")
-    free = FREE | ACTING if args.eval_only else FREE
+    free = (FREE | ACTING if args.eval_only else FREE) | ({"env"} if os.path.isfile(args.env) else set())  # moved?
     for name, old in vars(trained.saved_args(config, type(args))).items():
         new, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if new is None:

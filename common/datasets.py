@@ -118,7 +118,7 @@ def load(name_or_path, device="cpu", eval_env=None, allow_unverified=False, rewa
     if name_or_path == "bandit":
         data = bandit.make_data()
         return Dataset(*data, device, facts=_facts("bandit", data[2].numpy(), "as they are"))
-    source, task, own = Path(name_or_path).expanduser(), name_or_path, False
+    source, task, own = Path(os.path.expanduser(name_or_path)), name_or_path, False
     if task in TASKS or task in MADE_HERE:
         source = _task_file(task, allow_unverified) if task in TASKS else cache_folder() / f"{task}.hdf5"
         if not source.exists():

@@ -6,11 +6,12 @@ things differ: the inertia of a capsule and the margin of a contact. That can ha
 (common/physics.py). AntMaze and Maze2D are in common/mazes.py, Adroit and Kitchen in common/robotics.py.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -61,17 +62,20 @@ def default_episodes(name: str | None) -> int:
 def evaluation_env(env: str, eval_env: str | None) -> str | None:
     """What `make` takes to score a policy of the dataset `env`: `eval_env` if given, else by its name, else None.
 
-    Raises UserError as `make` does; says so in a line if there is no environment.
+    Raises UserError as `make` does, and if a first step fails; says so in a line if there is no environment.
     """
     if env == "bandit":
         return None
     from_minari = env.startswith(MINARI) and minari_dataset(env)
-    file = Path(env).suffix or Path(env).is_file()  # a file's name says nothing about its data
+    file = Path(env).suffix or os.path.isfile(env)  # a file's name says nothing about its data
     name = eval_env or (env if from_minari else None if file else task(env))
     try:
         if name is None:
             raise UserError("no environment for it is known here; --eval-env names one")
-        make(name).close()
+        envs = gymnasium.vector.SyncVectorEnv([partial(make, name)])
+        with contextlib.closing(envs), blamed(name, "fails in its first step"):  # now, not after hours of training
+            envs.reset(seed=0)
+            envs.step(envs.action_space.sample())
     except UserError as error:
         if name and (eval_env or not from_minari):
             raise
@@ -94,6 +98,18 @@ def normalized_score(returns: float | np.ndarray, name: str) -> float | np.ndarr
     return None if None in (low, high) else 100 * (returns - low) / (high - low)
 
 
+@contextlib.contextmanager
+def blamed(name: str, what: str) -> Iterator[None]:
+    """Whatever the code of an environment raises within is a UserError: `name` does `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"the environment {name!r} {what} ({reason}); mend that, or give another") from error
+
+
 def make(name: str, render_mode: str | None = None, own_units: bool = False) -> gymnasium.Env:
     """The environment of a D4RL task (a key of ENVIRONMENTS), of a Gymnasium id (`Pendulum-v1`, `module:Id-v0`), or of
     a local Minari dataset (`minari:NAME`), as its metadata has it.
@@ -107,21 +123,15 @@ def make(name: str, render_mode: str | None = None, own_units: bool = False) -> 
     or actions without bounds.
     """
     options = {"render_mode": render_mode} if render_mode else {}  # plain environments don't know this word
-    try:
-        with warnings.catch_warnings():  # old on purpose: locomotion's -v5 has other rewards and frictions than D4RL
-            warnings.filterwarnings("ignore", r".*-v\d is out of date", DeprecationWarning)
-            if name.startswith(MINARI):
-                env = _recover(name, options)
-            elif name in robotics.ADROIT or name in robotics.KITCHEN:
-                env = robotics.make(name, render_mode)
-            else:  # mazes have their D4RL names in Gymnasium too
-                env = gymnasium.make(LOCOMOTION.get(name, name), **options)
-    except UserError:
-        raise
-    except Exception as error:  # whatever the constructor of somebody's environment raises
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(f"the environment {name!r} can't be made ({reason}); mend that, or give another") from error
-
+    with blamed(name, "can't be made"), warnings.catch_warnings():
+        # old on purpose: locomotion's -v5 has other rewards and frictions than D4RL
+        warnings.filterwarnings("ignore", r".*-v\d is out of date", DeprecationWarning)
+        if name.startswith(MINARI):
+            env = _recover(name, options)
+        elif name in robotics.ADROIT or name in robotics.KITCHEN:
+            env = robotics.make(name, render_mode)
+        else:  # mazes have their D4RL names in Gymnasium too
+            env = gymnasium.make(LOCOMOTION.get(name, name), **options)
     if name in LOCOMOTION:
         restore_capsules(env.unwrapped.model, mujoco.MjSpec.from_file(env.unwrapped.fullpath))
         restore_contacts(env.unwrapped.model)
@@ -163,8 +173,8 @@ def minari_dataset(name: str):
 def _check_vectors(name: str, obs: Space, action: Space) -> None:
     flat_obs = flatten_space(obs) if isinstance(obs, Dict) else obs
     flat = all(isinstance(space, Box) and len(space.shape) == 1 for space in (flat_obs, action))
-    if not (flat and action.is_bounded()):
-        raise UserError(f"{name} has observations {obs} and actions {action}: both must be vectors, actions bounded")
+    if not (flat and action.is_bounded() and action.dtype.kind == "f" and np.all(action.low < action.high)):
+        raise UserError(f"{name} has observations {obs}, actions {action}: both must be vectors, actions real, bounded")
 
 
 def _recover(name: str, options: dict) -> gymnasium.Env:
@@ -199,11 +209,9 @@ def check_video(name: str | None) -> None:
     elif isinstance(env.unwrapped, MujocoEnv):
         tried = os.environ.get("MUJOCO_GL") or " or ".join(RENDERERS)
         raise UserError(f"--video: MuJoCo can't draw here by MUJOCO_GL={tried}; install libegl1 or libosmesa6")
-    env.reset()
-    try:
+    with blamed(name, "can't be drawn for --video"):  # pygame is missing, say
+        env.reset()
         drawn = np.ndim(env.render()) == 3
-    except Exception as error:  # an environment of any kind, pygame is missing, say
-        raise UserError(f"--video: {name} can't be drawn here ({error})") from None
     env.close()
     if not drawn:
         raise UserError(f"--video: {name} draws no pictures (render_mode rgb_array); leave --video out")

@@ -95,8 +95,8 @@ class Run:
         config = {"format": trained.FORMAT, "algorithm": algorithm, "args": vars(args)}
         config = json.loads(json.dumps(config | {"data": data.facts} | origin(), default=str))
         self.config, old = config, trained.read_config(self.path)
-        if old and old["data"] != config["data"]:
-            raise UserError(f"the data of {args.env} have changed since the run in {self.path}; use a new --run-dir")
+        if old and old["data"] | {"source": ""} != config["data"] | {"source": ""}:  # a file may have been moved
+            raise UserError(f"{args.env}: not the data that the run in {self.path} has; use a new --run-dir")
         if args.eval_only:
             return
         if old:  # the first command and its origin stay
@@ -114,8 +114,8 @@ class Run:
 
     def restore(self) -> int:
         """Load the checkpoint into the parts; returns its step, or 0 if there is none to go on from. Raises UserError
-        if it is damaged, of other networks, too far, or missing where it is to be evaluated."""
-        if not self.args.eval_only and not (self.path / "checkpoint.pt").exists():
+        if it is damaged, of other networks, too far, or missing from a finished or evaluated run."""
+        if not self.args.eval_only and not any((self.path / x).exists() for x in ("checkpoint.pt", "result.json")):
             return 0
         state = trained.load_checkpoint(self.path, self.algorithm, self.args.device)
         try:
@@ -243,14 +243,17 @@ class Run:
     def scores(self, actor: Callable) -> dict[str, float]:
         """The scalars of an evaluation: `actor` plays args.eval_episodes episodes, seeded by seed and step."""
         args, env, seed = self.args, self.args.eval_env, 10**8 * self.args.seed + self.step
-        returns, ways, goals = environments.rollout(actor, env, args.eval_episodes, seed, args.device, args.eval_steps)
+        with environments.blamed(env, f"fails in an evaluation, step {self.step}"):
+            found = environments.rollout(actor, env, args.eval_episodes, seed, args.device, args.eval_steps)
+        returns, ways, goals = found
         if ways:
             self.picture("maze", mazes.picture(env, self.data.obs[:, :2].cpu().numpy(), ways[:20], goals[:20]))
         return environments.score_metrics(returns, env)
 
     def film(self, actor: Callable) -> None:
         if (args := self.args).video:
-            environments.record(actor, args.eval_env, args.seed, self.path, args.device, args.eval_steps)
+            with environments.blamed(args.eval_env, "fails in the video"):
+                environments.record(actor, args.eval_env, args.seed, self.path, args.device, args.eval_steps)
 
     def picture(self, name: str, figure: Figure) -> None:
         """Into the folder, and while training to TensorBoard."""

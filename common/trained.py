@@ -23,9 +23,9 @@ def read_config(folder: Path) -> dict | None:
         return None
     try:
         config = json.loads(path.read_text())
-        if config["format"] == FORMAT and {"algorithm", "args", "data", "command"} <= config.keys():
+        if config["format"] == FORMAT and config["args"].keys() and {"algorithm", "data", "command"} <= config.keys():
             return config
-    except (OSError, ValueError, KeyError, TypeError):  # not to be read, not JSON, not a run's
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not to be read, not JSON, not a run's
         pass
     raise UserError(f"{path} is damaged, not that of a run, or of another version; choose another --run-dir")
 
@@ -33,8 +33,8 @@ def read_config(folder: Path) -> dict | None:
 def read_metrics(folder: Path) -> list[dict]:
     """The rows of a run's metrics.jsonl, but for the half line that a killed run leaves. UserError if it is damaged."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if row["step"] > 0]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; mend or delete it, the run itself does not need it") from None
@@ -102,7 +102,7 @@ def numpy_or_torch(act: Callable, obs_dim: int, device: str | torch.device) -> C
 
     @torch.no_grad()
     def friendly(obs):
-        batch = torch.as_tensor(obs if torch.is_tensor(obs) else np.array(obs), dtype=torch.float32, device=device)
+        batch = torch.as_tensor(obs if torch.is_tensor(obs) else np.array(obs, np.float32), device=device).float()
         if batch.ndim not in (1, 2) or batch.shape[-1] != obs_dim:
             raise ValueError(f"observations have shape {tuple(batch.shape)}; must be ({obs_dim},) or (B, {obs_dim})")
         if not batch.isfinite().all():

@@ -27,7 +27,7 @@ from running import (
     write_data,
 )
 
-from common import arguments, environments
+from common import UserError, arguments, environments
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
@@ -246,6 +246,26 @@ def test_eval_only_may_act_in_another_way(files):
     assert refused(code, err, "holds a run with --s")
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # bash leaves --env=~/mine as it is
+    write_data(tmp_path / "mine")
+    code, out, _ = command("gmpo", "--env=~/mine", "--run-dir=~/run", *tiny_flags("gmpo"))
+    assert code == 0 and "settings of own data" in out and not Path("~").exists()
+    code, _, err = command("gmpo", "--env", tmp_path / "mine", "--run-dir", tmp_path / "run", "--resume")
+    assert (code, err) == (0, "")
+    flags = ["--env", tmp_path / "mine", "--critic=~/run", "--run-dir", "with", *tiny_flags("gmpo")]
+    assert command("gmpo", *flags)[0] == 0
+
+
+def test_a_link_names_the_folder_of_its_run(tmp_path):
+    write_data(tmp_path / "blobs" / "3fa9")
+    Path("link.hdf5").symlink_to(tmp_path / "blobs" / "3fa9")
+    assert command("gmpo", "--env", "link.hdf5", "--expectile", 0.8, *tiny_flags("gmpo"))[0] == 0
+    before = load(Path("runs/link/gmpo/seed0"))
+    code, _, err = command("gmpo", "--env", "link.hdf5", "--resume")
+    assert (code, err) == (0, "") and differences(before, load(Path("runs/link/gmpo/seed0"))) == []
+
+
 def test_what_is_free_is_an_argument():
     known = {field.name for name in FILES for field in dataclasses.fields(module_of(name).Args)}
     assert known >= arguments.FREE | arguments.ACTING
@@ -260,6 +280,11 @@ def test_every_number_has_a_rule_beside_it(name):
         parts = [kind] if hasattr(kind, "__metadata__") else get_args(kind) or [kind]  # Annotated, or a union
         assert int not in parts and float not in parts, field
         assert all(isinstance(part.__metadata__[0], arguments.Rule) for part in parts if hasattr(part, "__metadata__"))
+
+
+def test_a_word_in_a_numbers_place_is_refused():  # from Python, or a config.json edited by hand
+    with pytest.raises(UserError, match="--beta 0.3: must be a finite number"):
+        fill_in("gmpo", env="bandit", beta="0.3")
 
 
 @pytest.mark.parametrize("kind, good, bad", [
@@ -297,6 +322,8 @@ BAD = {  # flags -> what the sentence must say
     "--env bandit --policy-lr inf": "--policy-lr inf",
     "--env bandit --policy-steps -1": "--policy-steps -1: must not be negative",
     "--env bandit --seed -1": "--seed -1",
+    "--env bandit --seed 18446744073709551616": "--seed 18446744073709551616: must not be negative, and be less than",
+    "--env ~nobody.hdf5": "~nobody.hdf5 is neither a file that exists",
     "--env bandit --expectile 1.5": "--expectile 1.5: must lie between 0 and 1, and be neither",
     "--env bandit --expectile 0": "--expectile 0",
     "--env bandit --discount 2": "--discount 2.0: must lie between 0 and 1",
@@ -344,6 +371,14 @@ def test_a_critic_of_another_network_is_refused(files):
     assert refused(code, err, "is another network or has other sizes")
 
 
+def test_a_model_of_other_data_is_refused(files, tmp_path):
+    write_data(tmp_path / "other.hdf5", obs_dim=4)
+    train("gmpo", env=str(tmp_path / "other.hdf5"), run_dir=tmp_path / "other")
+    flags = ["--env", files / "own.hdf5", "--behaviour", tmp_path / "other", *tiny_flags("gmpo")]
+    code, _, err = command("gmpo", *flags)
+    assert refused(code, err, f"{tmp_path / 'other'} is one with --env {tmp_path / 'other.hdf5'}, not", "own.hdf5")
+
+
 def test_a_compiler_that_fails_is_one_sentence(monkeypatch):
     def compile_(*_):
         raise RuntimeError("no C++ compiler\nand forty lines more")
@@ -364,13 +399,24 @@ def test_a_failing_disk_is_a_sentence_with_code_1(monkeypatch):
 
     monkeypatch.setattr(arguments, "read_command_line", read)
     code, _, err = command("gmpo")
-    assert code == 1 and err == "error: [Errno 28] No space left on device: 'events.out'\n"
+    assert code == 1 and err.startswith("error: [Errno 28] No space left on device: 'events.out'; mend that")
+
+
+def test_no_memory_is_a_sentence_with_code_1():
+    code, _, err = command("gmpo", "--env", "bandit", "--batch-size", 10**12, "--device", "cpu")
+    assert code == 1 and err.count("\n") == 1 and "memory" in err
+
+
+def test_no_standard_output_does_no_harm():  # as under a daemon
+    words = [sys.executable, ROOT / "gmpo.py", "--env", "bandit", *tiny_flags("gmpo")]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *words], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and Path("runs/bandit/gmpo/seed0/result.json").exists()
 
 
 # ---------------------------------------------------------------- D4RL's files
 
 
-def test_a_file_in_d4rls_folder_serves_its_name_if_verified_or_allowed(tmp_path):
+def test_a_file_in_d4rls_folder_serves_its_name_if_verified_or_allowed(tmp_path, monkeypatch):
     write_data(tmp_path / "d4rl" / "halfcheetah_medium_expert-v2.hdf5", 17, 6)
     flags = tiny_flags("gmpo", env="halfcheetah-medium-expert-v2", run_dir=tmp_path / "run", eval_episodes=1)
     flags += ["--network", "mlp"]
@@ -379,5 +425,8 @@ def test_a_file_in_d4rls_folder_serves_its_name_if_verified_or_allowed(tmp_path)
     code, out, err = command("gmpo", *flags, "--allow-unverified")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (code, err) == (0, "") and "last score" in out
+    (tmp_path / "d4rl").rename(tmp_path / "moved")
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "moved"))
+    assert command("gmpo", "--run-dir", tmp_path / "run", "--resume", "--allow-unverified")[0] == 0
     score = environments.normalized_score(result["eval/return"], "halfcheetah")
     assert result["eval/score"] == pytest.approx(score, abs=1e-6)

@@ -7,6 +7,7 @@ import gymnasium
 import mujoco
 import numpy as np
 import pytest
+import running
 
 from common import UserError, environments
 from common.environments import ENVIRONMENTS, make, normalized_score, task
@@ -228,6 +229,82 @@ def test_constructors_of_others(tmp_path, monkeypatch):
         make("own_envs:Plain-v0", "rgb_array")
     with pytest.raises(UserError, match="'own_envs:Broken-v0' can't be made .RuntimeError: no licence: buy one"):
         make("own_envs:Broken-v0")
+
+
+FAILING = """
+import gymnasium, numpy as np
+class Base(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-1, 1, (3,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+    def reset(self, seed=None, options=None):
+        return np.zeros(3, np.float32), {}
+    def step(self, action):
+        return np.zeros(3, np.float32), 1.0, False, False, {}
+class ResetRaises(Base):
+    def reset(self, seed=None, options=None):
+        raise RuntimeError("no\\nconnection")
+class OldReset(Base):
+    def reset(self):
+        return np.zeros(3, np.float32)
+class OldStep(Base):
+    def step(self, action):
+        return np.zeros(3, np.float32), 1.0, True, {}
+class OtherShape(Base):
+    def step(self, action):
+        return np.zeros(4, np.float32), *super().step(action)[1:]
+class Integers(Base):
+    action_space = gymnasium.spaces.Box(0, 10, (1,), np.int64)
+class NoWidth(Base):
+    action_space = gymnasium.spaces.Box(np.float32([0, 0.5]), np.float32([1, 0.5]))
+class RaisesLater(Base):
+    def step(self, action):
+        self.count = getattr(self, "count", 0) + 1
+        if self.count == 7:
+            raise ZeroDivisionError("float division by zero")
+        return super().step(action)
+for kind in (Base, *Base.__subclasses__()):
+    gymnasium.register(f"{kind.__name__}-v0", entry_point=kind)
+"""
+
+
+@pytest.fixture
+def failing(tmp_path, monkeypatch):
+    (tmp_path / "failing.py").write_text(FAILING)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name, said",
+    {
+        "ResetRaises": "fails in its first step .RuntimeError: no connection.",
+        "OldReset": "fails in its first step .TypeError: .*seed",
+        "OldStep": "fails in its first step .ValueError",
+        "OtherShape": "fails in its first step .ValueError",
+        "Integers": "actions real, bounded",
+        "NoWidth": "actions real, bounded",
+    }.items(),
+)
+def test_an_environment_that_fails_is_found_before_training(name, said, failing):
+    with pytest.raises(UserError, match=f"failing:{name}-v0.*{said}") as error:
+        environments.evaluation_env("own.hdf5", f"failing:{name}-v0")
+    assert "\n" not in str(error.value)
+
+
+def test_an_environment_that_fails_in_an_evaluation_is_one_sentence(failing, tmp_path):
+    own = running.write_data(tmp_path / "own.hdf5")
+    flags = running.tiny_flags("gmpo", env=str(own), eval_env="failing:RaisesLater-v0", run_dir=tmp_path / "run")
+    code, _, err = running.command("gmpo", *flags, "--eval-steps", 9)
+    said = "'failing:RaisesLater-v0' fails in an evaluation, step 12 (ZeroDivisionError: float division by zero)"
+    assert running.refused(code, err, said)
+
+
+def test_an_evaluation_without_a_time_limit_ends_and_says_so(failing, tmp_path):
+    own = running.write_data(tmp_path / "own.hdf5")
+    flags = running.tiny_flags("gmpo", env=str(own), eval_env="failing:Base-v0", run_dir=tmp_path / "run")
+    code, out, err = running.command("gmpo", *flags, "--eval-steps", 9)
+    assert (code, err) == (0, "") and "last return 9.0" in out
+    assert "failing:Base-v0 has no time limit: an episode ends after 9 steps (--eval-steps)" in out
 
 
 def test_own_units_are_neither_rescaled_nor_clipped():

@@ -265,11 +265,12 @@ def test_missing_dataset(name, minari):
         {"observation_space": Box(0, 1, (2, 2))},
         {"action_space": Discrete(3)},
         {"action_space": Box(-np.inf, np.inf, (1,))},
+        {"action_space": Box(np.float32([0.5]), np.float32([0.5]))},
     ],
 )
 def test_spaces_that_are_no_bounded_vectors(spaces, minari):
     name = store(minari, **spaces)
-    with pytest.raises(UserError, match="test/numbers-v0 has observations .*: both must be vectors, actions bounded"):
+    with pytest.raises(UserError, match="test/numbers-v0 has .*: both must be vectors, actions real, bounded"):
         load(name)
 
 

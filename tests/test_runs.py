@@ -439,6 +439,13 @@ def test_without_run_dir_the_folder_is_named_by_data_algorithm_and_seed(name, fi
     assert Path("runs/own", name, "seed3", "checkpoint.pt").exists()
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_one_transition_trains_without_nan(name, tmp_path):
+    own = write_data(tmp_path / "own.hdf5", rows=2)
+    code, _, err = command(name, *tiny_flags(name, env=str(own), run_dir=tmp_path / "run"))
+    assert (code, err) == (0, "") and all(map(math.isfinite, logged(tmp_path / "run")[-1].values()))
+
+
 def test_a_computer_without_git_trains_all_the_same(files, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     train("gmpo", env=str(files / "own.hdf5"), run_dir=tmp_path / "run")
@@ -506,6 +513,8 @@ DAMAGE = {  # what is done to a file of a finished run -> what the sentence says
     ("config.json", lambda text: text.replace(b'"beta"', b'"betta"')): "an argument 'betta' that this version",
     ("metrics.jsonl", lambda text: b"x" + text): "metrics.jsonl is damaged",
     ("metrics.jsonl", lambda text: b"3\n" + text): "metrics.jsonl is damaged",
+    ("metrics.jsonl", lambda text: b"\xff\xfe\n" + text): "metrics.jsonl is damaged",
+    ("config.json", lambda text: json.dumps(json.loads(text) | {"args": []}).encode()): "config.json is damaged",
     ("checkpoint.pt", lambda text: b""): "checkpoint.pt is not a whole checkpoint",
     ("checkpoint.pt", lambda text: text[: len(text) // 2]): "checkpoint.pt is not a whole checkpoint",
 }
@@ -530,7 +539,26 @@ def test_data_replaced_since_are_refused(tmp_path):
     write_data(own, rewards=np.arange(200.0))
     for mode in ("--resume", "--eval-only"):
         code, _, err = command("gmpo", "--run-dir", tmp_path / "run", mode)
-        assert refused(code, err, f"the data of {own} have changed") and content(tmp_path / "run") == before
+        assert refused(code, err, f"{own}: not the data that the run in") and content(tmp_path / "run") == before
+
+
+def test_data_that_were_moved_are_the_same_data(tmp_path):
+    own, moved = write_data(tmp_path / "own.hdf5"), tmp_path / "elsewhere.hdf5"
+    train("gmpo", env=str(own), run_dir=tmp_path / "run")
+    before = load(tmp_path / "run")
+    own.rename(moved)
+    for mode in ("--eval-only", "--resume"):
+        code, _, err = command("gmpo", "--run-dir", tmp_path / "run", "--env", moved, mode)
+        assert (code, err) == (0, "") and differences(before, load(tmp_path / "run")) == []
+    assert command("gmpo", "--run-dir", tmp_path / "run", "--resume")[0] == 0  # their new place is known from now on
+
+
+def test_a_finished_run_without_its_checkpoint_is_not_begun_again(files, tmp_path):
+    train("gmpo", env=str(files / "own.hdf5"), run_dir=tmp_path)
+    (tmp_path / "checkpoint.pt").unlink()
+    before = content(tmp_path)
+    code, _, err = command("gmpo", "--run-dir", tmp_path, "--resume")
+    assert refused(code, err, f"{tmp_path / 'checkpoint.pt'} does not exist") and content(tmp_path) == before
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_training(files, tmp_path):

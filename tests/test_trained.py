@@ -1,7 +1,10 @@
 """What a run left behind, read back: policies as functions, critics, checkpoints of other versions."""
 
 import importlib
+import os
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from running import FILES, differences, draw_nothing, load, tiny_args, train, wr
 from common import UserError, datasets, trained
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module", params=FILES)
@@ -37,6 +41,8 @@ def test_load_policy_takes_folder_or_file_and_answers_in_kind(policy, file):
             assert isinstance(action, kind) and action.shape == (*shape[:-1], 2)
             assert shape[0] == 0 or (abs(action).max() <= 1 and np.isfinite(np.asarray(action)).all())
     assert act(torch.zeros(3, 5).T).shape == (5, 2)  # a view that is not contiguous
+    for kind in (">f8", np.longdouble, object, np.uint16):  # big-endian, as HDF5 may have it
+        assert act(np.ones((4, 3), kind)).shape == (4, 2)
 
 
 @pytest.mark.parametrize("shape", [(4,), (2,), (1,), (), (5, 1), (5, 2), (3, 1), (2, 5, 3), (0, 2), (0,)])
@@ -88,6 +94,15 @@ def test_several_threads_may_ask_one_policy(policy):
     for thread in threads:
         thread.join()
     assert failed == []
+
+
+def test_load_policy_works_from_another_folder(policy, tmp_path):
+    module, folder, _ = policy
+    code = f"from {module.__name__} import load_policy; print(load_policy({str(folder)!r})([1, 2, 3]).shape)"
+    words, environment = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("(2,)\n", "")
+    assert "`PYTHONPATH`" in (ROOT / "README.md").read_text()  # which says how
 
 
 def test_load_policy_leaves_gradients_as_they_are(policy):
