@@ -50,7 +50,7 @@ from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 NAME = "gmpg"
 
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments; RunArgs has --env, --eval-every, ... Amount, Steps: >= 0; Count: >= 1; Share: [0, 1]; Inside: (0, 1)
+# 1. Arguments, beside those of RunArgs (--env, ...). Amount, Steps: >= 0; Count: >= 1; Share: [0, 1]; Inside: (0, 1)
 
 
 @dataclass
@@ -101,11 +101,11 @@ OURS = dict(
     eval_every=100,
 )  # fmt: skip
 
-# What an argument that is None becomes: its value in "*", or in the one entry that overrides it, the first there is of
-# the dataset's name; "own data" for a file; for names in -remade "maze2d-remade", else "remade"; the name's first word.
+# An argument that is None takes its value from the first of these entries that exists, else from "*": the full name;
+# "own data" (a file); "maze2d-remade" or "remade" (a name that ends in -remade); the name up to its first "-".
 SETTINGS = {
-    # The reference code's values. Its loss divides the KL by A ln 2, so that beta here is its beta times A ln 2. Its
-    # budget, up to 24 500 updates of 40 960 states and 999 steps, takes a GPU months; this one is ours, and untried.
+    # The reference code's values. Its loss divides the KL by A ln 2, so that beta here is its beta times A ln 2. Its up
+    # to 24 500 updates of 40 960 states and 999 steps take a GPU months: policy_steps, policy_batch_size are ours.
     "*": dict(
         critic_lr=3e-4, critic_steps=1_000_000, behaviour_steps=500_000, behaviour_lr=1e-4, policy_steps=10_000,
         policy_lr=1e-5, batch_size=4096, policy_batch_size=1024, expectile=0.7, beta=16.6, normalize_obs=False,
@@ -169,7 +169,7 @@ def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
 
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
-    # differs from the code of GMPO and GMPG, called GenerativeRL (torch's default), and from IDQL's (Xavier-uniform):
+    # differs from the reference code of gmpo.py and gmpg.py (there torch's default) and of idql.py (Xavier-uniform):
     # critic weights start orthogonal, as in IQL's code
     layers = []
     for size_in, size_out in zip(sizes[:-1], sizes[1:]):
@@ -240,7 +240,7 @@ class PaperNet(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
         self.normalize, self.obs_dim, self.action_dim = Normalize(obs_dim), obs_dim, action_dim
-        self.register_buffer("frequencies", 30 * 2 * math.pi * torch.randn(16))
+        self.register_buffer("frequencies", 30 * 2 * math.pi * torch.randn(16))  # random Fourier features of t
         self.condition = nn.Linear(obs_dim, 32)
         self.embed = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 128))
         self.down = nn.ModuleList([PaperBlock(action_dim, 512), PaperBlock(512, 256), PaperBlock(256, 128)])
@@ -328,7 +328,7 @@ def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tens
     and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
         q_prime = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
-        # differs from IQL's and IDQL's code, which step V first: here V is not stepped yet, as in GenerativeRL
+        # differs from IQL's and IDQL's code, which step V first: here V is not stepped yet, as in GMPO's code
         td_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
     v, q = critic.v(batch.obs), critic.q(batch.obs, batch.action)  # (B,), (2, B)
     v_loss = f(q_prime - v, args).mean()  # Eq. (1)
@@ -349,8 +349,8 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 
 
 def times(obs: Tensor, args: Args) -> list[tuple[Tensor, Tensor]]:
-    """(t_k, t_{k+1}) of Eq. (12), with t_k = (1 - k / n)^2: steps are short near the action, since a coarse one is not
-    one-to-one where data are narrow, and then Eq. (13) fails."""
+    """(t_k, t_{k+1}) of Eq. (12), with t_k = (1 - k / n)^2. Steps are short near the action: there velocity is steep
+    where data are narrow, and a long step would send two points to one, so that Eq. (13) fails."""
     return list(pairwise(torch.linspace(1, 0, args.sampler_steps + 1, device=obs.device, dtype=obs.dtype) ** 2))
 
 
@@ -465,7 +465,7 @@ def train(args: Args) -> dict:
         fit_normalizers(data.obs, critic, behaviour)
     policy = copy.deepcopy(behaviour)  # it gets mu's weights again when mu is trained, in the loop
     if args.critic:
-        trained.load_critic(critic, args)  # a critic trained with another f is refused; `prepare` made critic_steps 0
+        trained.load_critic(critic, args)  # refused if its f, gamma or data differ; `prepare` made critic_steps 0
 
     # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
     adam = dict(fused=True, capturable=args.cudagraph)
@@ -504,7 +504,7 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # recorded at the first call: after `restore`, which replaces tensors that a graph holds
+    if args.cudagraph:  # a graph is recorded when first called, so after `restore` below, which replaces tensors
         updates = critic_update, behaviour_update, policy_update
         critic_update, behaviour_update, policy_update = map(runs.captured, updates)
     run = runs.Run(  # saves and restores what it is given by name
@@ -514,7 +514,7 @@ def train(args: Args) -> dict:
         behaviour_optimizer=behaviour_optimizer, behaviour_schedule=behaviour_schedule,
         policy_optimizer=policy_optimizer,
     )  # fmt: skip
-    start = run.restore()  # loads the checkpoint if there is one; the steps that are done already
+    start = run.restore()  # loads the checkpoint if there is one; returns how many steps are done
     actor = partial(act_fn, policy, args=args)  # (B, O) -> (B, A)
     if args.eval_only:
         return run.show(evaluate(actor, run, args), actor)
@@ -531,7 +531,7 @@ def train(args: Args) -> dict:
             metrics = policy_update()
             if step % args.eval_every == 0 or step == run.total:
                 metrics |= evaluate(actor, run, args)
-        run.log(step, metrics)  # every log_every steps; stops the run at NaN
+        run.log(step, metrics)  # every log_every steps and with a score; stops the run at NaN
         run.save(step)  # every save_every steps
     return run.finish(actor)  # which plays once more with --video
 

@@ -52,7 +52,7 @@ from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 NAME = "gmpo"
 
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments; RunArgs has --env, --eval-every, ... Amount, Steps: >= 0; Count: >= 1; Share: [0, 1]; Inside: (0, 1)
+# 1. Arguments, beside those of RunArgs (--env, ...). Amount, Steps: >= 0; Count: >= 1; Share: [0, 1]; Inside: (0, 1)
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Args(RunArgs):
     network: Literal["mlp", "paper"] | None = None
     """paper: the reference code's U-shaped net, the state squeezed into 32 numbers; mlp: the state beside the action"""
     solver: Literal["dpmpp", "ddim", "sde", "euler", "midpoint", "rk4"] = "dpmpp"
-    """how Eq. (6) is integrated, by sde with noise in every step; all but dpmpp, DPM-Solver++(2M), need more steps"""
+    """solver of Eq. (6); dpmpp is DPM-Solver++(2M), the others need more steps; sde adds noise in every step"""
     sampler_steps: Count | None = None
     """steps of the sampler"""
     act_noise: Amount = 1.0
@@ -102,8 +102,8 @@ class Args(RunArgs):
 # differs from the paper: on data that are not D4RL's the net is a plain MLP, an eleventh of the size of the paper's
 OURS = dict(batch_size=256, policy_lr=1e-3, lr_decay=True, normalize_obs=True, network="mlp")
 
-# What an argument that is None becomes: its value in "*", or in the one entry that overrides it, the first there is of
-# the dataset's name; "own data" for a file; for names in -remade "maze2d-remade", else "remade"; the name's first word.
+# An argument that is None takes its value from the first of these entries that exists, else from "*": the full name;
+# "own data" (a file); "maze2d-remade" or "remade" (a name that ends in -remade); the name up to its first "-".
 SETTINGS = {
     # The reference code's, its epochs turned into steps at its batch of 4096; sampler_steps and eval_every are ours.
     "*": dict(
@@ -166,7 +166,7 @@ def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
 
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
-    # differs from the code of GMPO and GMPG, called GenerativeRL (torch's default), and from IDQL's (Xavier-uniform):
+    # differs from the reference code of gmpo.py and gmpg.py (there torch's default) and of idql.py (Xavier-uniform):
     # critic weights start orthogonal, as in IQL's code
     layers = []
     for size_in, size_out in zip(sizes[:-1], sizes[1:]):
@@ -237,7 +237,7 @@ class PaperNet(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
         self.normalize, self.obs_dim, self.action_dim = Normalize(obs_dim), obs_dim, action_dim
-        self.register_buffer("frequencies", 30 * 2 * math.pi * torch.randn(16))
+        self.register_buffer("frequencies", 30 * 2 * math.pi * torch.randn(16))  # random Fourier features of t
         self.condition = nn.Linear(obs_dim, 32)
         self.embed = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 128))
         self.down = nn.ModuleList([PaperBlock(action_dim, 512), PaperBlock(512, 256), PaperBlock(256, 128)])
@@ -324,7 +324,7 @@ def noise_prediction(net: nn.Module, x: Tensor, t: Tensor, obs: Tensor, path: st
 
 
 def sample(net: nn.Module, obs: Tensor, args: Args, noise_scale: float = 1.0) -> Tensor:
-    """Eq. (6), in the solvers other than ode written with eps for the velocity: (B, O) -> (B, A), not clipped."""
+    """Eq. (6); `ode` integrates the velocity, the others use the eps that it implies: (B, O) -> (B, A), not clipped."""
     # differs from the paper: DPM-Solver++(2M) with 10 steps, shorter near the action, not Euler with 31 equal ones
     x = noise_scale * torch.randn(len(obs), net.action_dim, device=obs.device)
     if args.solver in ("euler", "midpoint", "rk4"):
@@ -357,7 +357,7 @@ def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tens
     and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
         q_prime = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
-        # differs from IQL's and IDQL's code, which step V first: here V is not stepped yet, as in GenerativeRL
+        # differs from IQL's and IDQL's code, which step V first: here V is not stepped yet, as in GMPO's code
         td_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
     v, q = critic.v(batch.obs), critic.q(batch.obs, batch.action)  # (B,), (2, B)
     v_loss = f(q_prime - v, args).mean()  # Eq. (1)
@@ -376,7 +376,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 @torch.no_grad()
 def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
-    # differs from IQL, which weighs by Q' - V: here it is Q - V, as in GenerativeRL
+    # differs from IQL, which weighs by Q' - V: here it is Q - V, as in the reference code
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
@@ -407,7 +407,7 @@ def sampled_policy_loss(
     policy: nn.Module, behaviour: tuple[nn.Module, Args], critic: Critic, obs: Tensor, args: Args
 ) -> tuple[Tensor, dict]:
     """Eq. (9). `behaviour` is a model of mu and its own arguments, from `load_net`."""
-    # differs from the reference code: there the samples of different states are mixed up, and Eq. (9) crashes
+    # differs from the reference code: its Eq. (9) crashes, and mixes up the samples of different states
     with torch.no_grad():
         repeated = obs.repeat_interleave(args.candidates, 0)  # (B K, O), the K rows of a state side by side
         action = sample(behaviour[0], repeated, behaviour[1]).clamp(-1, 1)  # (B K, A)
@@ -476,7 +476,7 @@ def train(args: Args) -> dict:
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, policy)
     if args.critic:
-        trained.load_critic(critic, args)  # a critic trained with another f is refused; `prepare` made critic_steps 0
+        trained.load_critic(critic, args)  # refused if its f, gamma or data differ; `prepare` made critic_steps 0
     behaviour = load_net(args.behaviour, args.device) if args.behaviour else None  # the model of mu of Eq. (9)
 
     # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
@@ -509,13 +509,13 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # recorded at the first call: after `restore`, which replaces tensors that a graph holds
+    if args.cudagraph:  # a graph is recorded when first called, so after `restore` below, which replaces tensors
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     run = runs.Run(  # saves and restores what it is given by name
         args, NAME, data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,
         critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer, policy_schedule=policy_schedule,
     )  # fmt: skip
-    start = run.restore()  # loads the checkpoint if there is one; the steps that are done already
+    start = run.restore()  # loads the checkpoint if there is one; returns how many steps are done
     actor = partial(act_fn, policy, args=args)  # (B, O) -> (B, A)
     if args.eval_only:
         return run.show(evaluate(actor, run, args), actor)  # prints the scores; plays once more with --video
@@ -531,7 +531,7 @@ def train(args: Args) -> dict:
                 policy_schedule.step()
             if step % args.eval_every == 0 or step == run.total:
                 metrics |= evaluate(actor, run, args)
-        run.log(step, metrics)  # every log_every steps; stops the run at NaN
+        run.log(step, metrics)  # every log_every steps and with a score; stops the run at NaN
         run.save(step)  # every save_every steps
     return run.finish(actor)  # which plays once more with --video
 

@@ -48,7 +48,7 @@ from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 NAME = "idql"
 
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments; RunArgs has --env, --eval-every, ... Amount, Steps: >= 0; Count: >= 1; Share: [0, 1]; Inside: (0, 1)
+# 1. Arguments, beside those of RunArgs (--env, ...). Amount, Steps: >= 0; Count: >= 1; Share: [0, 1]; Inside: (0, 1)
 
 
 @dataclass
@@ -97,8 +97,8 @@ class Args(RunArgs):
 
 OURS = dict(policy_batch_size=256, normalize_obs=True, eval_every=10_000)  # for data that are not D4RL's
 
-# What an argument that is None becomes: its value in "*", or in the one entry that overrides it, the first there is of
-# the dataset's name; "own data" for a file; for names in -remade "maze2d-remade", else "remade"; the name's first word.
+# An argument that is None takes its value from the first of these entries that exists, else from "*": the full name;
+# "own data" (a file); "maze2d-remade" or "remade" (a name that ends in -remade); the name up to its first "-".
 SETTINGS = {
     # The paper's text: two actor steps of 1024 for each of the critic's 256. The authors' last code has other settings.
     "*": dict(
@@ -145,7 +145,7 @@ def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
 
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
-    # differs from the code of GMPO and GMPG, called GenerativeRL (torch's default), and from IDQL's (Xavier-uniform):
+    # differs from the reference code of gmpo.py and gmpg.py (there torch's default) and of idql.py (Xavier-uniform):
     # critic weights start orthogonal, as in IQL's code
     layers = []
     for size_in, size_out in zip(sizes[:-1], sizes[1:]):
@@ -226,9 +226,9 @@ class LNResNet(nn.Module):
 
 
 def betas(args: Args, device: str | torch.device = "cpu") -> Tensor:
-    """The (T,) beta_t of Eq. (15): 1 - exp(-what a rate that rises from 0.1 to 10 in T steps adds up to in step t)."""
+    """The (T,) beta_t of Eq. (15): 1 - exp(-(the integral of 0.1 + 9.9 u over u from t / T to (t + 1) / T))."""
     steps = args.diffusion_steps
-    i = torch.arange(1, steps + 1, dtype=torch.float64, device=device)
+    i = torch.arange(1, steps + 1, dtype=torch.float64, device=device)  # t + 1
     return (1 - torch.exp(-0.1 / steps - 0.5 * 9.9 * (2 * i - 1) / steps**2)).float()
 
 
@@ -242,7 +242,7 @@ def sample(net: nn.Module, obs: Tensor, args: Args) -> Tensor:
         x = (x - beta[t] / (1 - bar[t]).sqrt() * eps) / (1 - beta[t]).sqrt()
         if t > 0:  # the last step adds no noise
             x = x + beta[t].sqrt() * torch.randn_like(x)
-        x = x.clamp(-1, 1)  # x itself, noise included, after every step
+        x = x.clamp(-1, 1)  # as in the authors' code: x itself, noise included, after every step
     return x
 
 
@@ -274,7 +274,7 @@ def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tens
     and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
         q_prime = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
-        # differs from IQL's and IDQL's code, which step V first: here V is not stepped yet, as in GenerativeRL
+        # differs from IQL's and IDQL's code, which step V first: here V is not stepped yet, as in GMPO's code
         td_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
     v, q = critic.v(batch.obs), critic.q(batch.obs, batch.action)  # (B,), (2, B)
     v_loss = f(q_prime - v, args).mean()  # Eq. (1)
@@ -298,10 +298,8 @@ def implicit_weights(u: Tensor, args: Args, floor: float = 1e-3) -> Tensor:
     # differs from IDQL's code: its quantile weight is negative where Q < V, its exponential weight a constant
     if args.critic_loss == "quantile":
         return share / u.abs().clamp(min=floor)  # singular at u = 0
-    x = args.linex_alpha * u
-    small = x.abs() < 1e-6
-    x = torch.where(small, 1.0, x)  # not to divide 0 by 0; the limit is 1
-    return torch.where(small, 1.0, torch.expm1(x.clamp(max=math.log(args.linex_max))) / x)
+    x = args.linex_alpha * u  # at u = 0 the quotient below is 0 / 0, and its limit 1
+    return torch.where(x.abs() < 1e-6, 1.0, torch.expm1(x.clamp(max=math.log(args.linex_max))) / x)
 
 
 def implicit_target(args: Args) -> Tensor:
@@ -379,7 +377,7 @@ def evaluate_bandit(actor: Callable, run: runs.Run, args: Args) -> dict:
     target = torch.softmax(args.beta * bandit.REWARDS, -1) if args.extraction == "softmax" else implicit_target(args)
     if args.extraction == "argmax":
         rank = bandit.REWARDS.argsort().argsort()
-        target = ((rank + 1) / 8) ** args.candidates - (rank / 8) ** args.candidates
+        target = ((rank + 1) / 8) ** args.candidates - (rank / 8) ** args.candidates  # P(the best of N has this rank)
     action = torch.cat([actor(obs) for obs in torch.zeros(4096, 1, device=args.device).split(512)])
     metrics, figure = bandit.report(action, target)
     run.picture("bandit", figure)
@@ -401,7 +399,7 @@ def train(args: Args) -> dict:
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, policy)
     if args.critic:
-        trained.load_critic(critic, args)  # a critic trained with another f is refused; `prepare` made critic_steps 0
+        trained.load_critic(critic, args)  # refused if its f, gamma or data differ; `prepare` made critic_steps 0
     ema = copy.deepcopy(policy).requires_grad_(False).eval()  # the average of the weights, the net that acts
 
     # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
@@ -429,13 +427,13 @@ def train(args: Args) -> dict:
         update_target(ema, policy, args.ema_rate)
         return metrics
 
-    if args.cudagraph:  # recorded at the first call: after `restore`, which replaces tensors that a graph holds
+    if args.cudagraph:  # a graph is recorded when first called, so after `restore` below, which replaces tensors
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     run = runs.Run(  # saves and restores what it is given by name
         args, NAME, data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,
         ema=ema, critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer, policy_schedule=policy_schedule,
     )  # fmt: skip
-    start = run.restore()  # loads the checkpoint if there is one; the steps that are done already
+    start = run.restore()  # loads the checkpoint if there is one; returns how many steps are done
     actor = partial(act_fn, ema, critic, args=args)  # (B, O) -> (B, A)
     if args.eval_only:
         return run.show(evaluate(actor, run, args) | {"eval/candidates": args.candidates}, actor)
@@ -449,7 +447,7 @@ def train(args: Args) -> dict:
             policy_schedule.step()
             if step % args.eval_every == 0 or step == run.total:
                 metrics |= evaluate(actor, run, args) | {"eval/candidates": args.candidates}
-        run.log(step, metrics)  # every log_every steps; stops the run at NaN
+        run.log(step, metrics)  # every log_every steps and with a score; stops the run at NaN
         run.save(step)  # every save_every steps
     return run.finish(actor)  # which plays once more with --video
 

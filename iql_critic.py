@@ -17,7 +17,7 @@ fitted to Q at the data's actions, by an asymmetric loss, so that it becomes the
     (2)  L_Q = E_D[ sum_i (r + gamma (1 - d) V(s') - Q_i(s, a))^2 ]
     (3)  Q' <- (1 - target_rate) Q' + target_rate Q          the target critic follows slowly
   policy
-    (7)  w(s, a) = min(exp(beta (min_i Q_i(s, a) - V(s))), weight_max)       IQL takes Q' for Q here
+    (7)  w(s, a) = min(exp(beta (min_i Q_i(s, a) - V(s))), weight_max)       with Q' for Q in this file, as in IQL
     (10) L = -E_D[ w(s, a) log N(a; tanh(m(s)), std) ]       IQL's actor: advantage-weighted regression of a Gaussian
   and the policy whose value V is, never written down by the critic (IDQL)
     (11) pi(a|s) = mu(a|s) w(s, a) / Z(s), w = |f'(Q - V)| / |Q - V|
@@ -44,7 +44,7 @@ from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 NAME = "iql_critic"
 
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments; RunArgs has --env, --eval-every, ... Amount, Steps: >= 0; Count: >= 1; Share: [0, 1]; Inside: (0, 1)
+# 1. Arguments, beside those of RunArgs (--env, ...). Amount, Steps: >= 0; Count: >= 1; Share: [0, 1]; Inside: (0, 1)
 
 
 @dataclass
@@ -82,8 +82,8 @@ class Args(RunArgs):
     """transitions a gradient step"""
 
 
-# What an argument that is None becomes: its value in "*", or in the one entry that overrides it, the first there is of
-# the dataset's name; "own data" for a file; for names in -remade "maze2d-remade", else "remade"; the name's first word.
+# An argument that is None takes its value from the first of these entries that exists, else from "*": the full name;
+# "own data" (a file); "maze2d-remade" or "remade" (a name that ends in -remade); the name up to its first "-".
 SETTINGS = {
     "*": dict(  # IQL's own
         critic_lr=3e-4, critic_steps=1_000_000, policy_steps=1_000_000, policy_lr=3e-4, lr_decay=True,
@@ -126,7 +126,7 @@ def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
 
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
-    # differs from the code of GMPO and GMPG, called GenerativeRL (torch's default), and from IDQL's (Xavier-uniform):
+    # differs from the reference code of gmpo.py and gmpg.py (there torch's default) and of idql.py (Xavier-uniform):
     # critic weights start orthogonal, as in IQL's code
     layers = []
     for size_in, size_out in zip(sizes[:-1], sizes[1:]):
@@ -204,7 +204,7 @@ def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tens
     and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
         q_prime = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
-        # differs from IQL's and IDQL's code, which step V first: here V is not stepped yet, as in GenerativeRL
+        # differs from IQL's and IDQL's code, which step V first: here V is not stepped yet, as in GMPO's code
         td_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
     v, q = critic.v(batch.obs), critic.q(batch.obs, batch.action)  # (B,), (2, B)
     v_loss = f(q_prime - v, args).mean()  # Eq. (1)
@@ -223,7 +223,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 @torch.no_grad()
 def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
-    # differs from IQL, which weighs by Q' - V: here it is Q - V, as in GenerativeRL
+    # differs from IQL, which weighs by Q' - V: here it is Q - V, as in the reference code
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
@@ -236,10 +236,8 @@ def implicit_weights(u: Tensor, args: Args, floor: float = 1e-3) -> Tensor:
     # differs from IDQL's code: its quantile weight is negative where Q < V, its exponential weight a constant
     if args.critic_loss == "quantile":
         return share / u.abs().clamp(min=floor)  # singular at u = 0
-    x = args.linex_alpha * u
-    small = x.abs() < 1e-6
-    x = torch.where(small, 1.0, x)  # not to divide 0 by 0; the limit is 1
-    return torch.where(small, 1.0, torch.expm1(x.clamp(max=math.log(args.linex_max))) / x)
+    x = args.linex_alpha * u  # at u = 0 the quotient below is 0 / 0, and its limit 1
+    return torch.where(x.abs() < 1e-6, 1.0, torch.expm1(x.clamp(max=math.log(args.linex_max))) / x)
 
 
 def implicit_target(args: Args) -> Tensor:
@@ -349,14 +347,14 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # recorded at the first call: after `restore`, which replaces tensors that a graph holds
+    if args.cudagraph:  # a graph is recorded when first called, so after `restore` below, which replaces tensors
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     total = max(args.critic_steps, args.policy_steps)  # the two are trained side by side, in one phase
     run = runs.Run(  # saves and restores what it is given by name
         args, NAME, data, {"critic and policy": total}, critic=critic, policy=policy,
         critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer, policy_schedule=policy_schedule,
     )  # fmt: skip
-    start = run.restore()  # loads the checkpoint if there is one; the steps that are done already
+    start = run.restore()  # loads the checkpoint if there is one; returns how many steps are done
     actor = partial(act, policy)  # (B, O) -> (B, A)
     if args.eval_only:
         return run.show(evaluate(actor, critic, policy, run, args), actor)
@@ -371,7 +369,7 @@ def train(args: Args) -> dict:
                 policy_schedule.step()
         if step % args.eval_every == 0 or step == run.total:
             metrics |= evaluate(actor, critic, policy, run, args)
-        run.log(step, metrics)  # every log_every steps; stops the run at NaN
+        run.log(step, metrics)  # every log_every steps and with a score; stops the run at NaN
         run.save(step)  # every save_every steps
     return run.finish(actor)  # which plays once more with --video
 

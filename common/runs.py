@@ -73,12 +73,12 @@ def captured(update: Callable[[], dict], warm_up: int = 3) -> Callable[[], dict]
             with torch.cuda.stream(stream):
                 metrics = update()
             torch.cuda.current_stream().wait_stream(stream)
-            yield metrics
+            yield dict(metrics)
         with torch.cuda.graph(graph):  # records, computes nothing
             metrics = update()
         while True:
             graph.replay()
-            yield metrics
+            yield dict(metrics)
 
     return updates().__next__
 
