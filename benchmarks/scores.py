@@ -220,6 +220,7 @@ def main(args: Args) -> None:
         raise TrainingError("interrupted; the same command goes on where it stopped") from None
     finally:
         tables.sample_bandit(args.folder)
+        tables.sample_maze(args.folder)
         tables.write_pages(args.folder, {name: list(rows(name)) for name in SETS})
     if problems:
         raise TrainingError(f"{len(problems)} of {len(jobs)} runs are missing; the same command tries them again")

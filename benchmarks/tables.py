@@ -13,16 +13,17 @@ import numpy as np
 import scipy.stats
 from matplotlib.figure import Figure
 
-from common import UserError
+from common import UserError, environments, mazes
 
 START, END = "<!-- scores: made by benchmarks/scores.py -->\n", "<!-- end -->"
 COLUMNS = ("cloning", "iql", "gmpo", "gmpg", "idql")
+MAZE = "maze2d-umaze-remade"  # the one in README's picture
 
-README = """Score of the last policy over 100 episodes, mean ± standard deviation over {seeds} seeds; a set's best
-method is bold. `bandit`: 100 (1 - total variation) to each method's own closed form, so that none is the best.
-`halfcheetah-demo`: 100 is the undisturbed runner. The sets whose names end in `remade` are made here by D4RL's recipe.
-Their score has D4RL's scale, on which 0 is a random policy and 100 an expert, but they are not D4RL's own data. Cloning
-is GMPO with all weights 1. The commands, intervals and published figures are in
+README = """Score of the last policy over 100 episodes, mean ± standard deviation over {seeds} seeds, or the score of
+one seed where there is no ±. A set's best method is bold. `bandit`: 100 (1 - total variation) to each method's own closed
+form, so that none is the best. `halfcheetah-demo`: 100 is the undisturbed runner. The sets whose names end in `remade` are
+made here by D4RL's recipe. Their score has D4RL's scale, on which 0 is a random policy and 100 an expert, but they are not
+D4RL's own data. Cloning is GMPO with all weights 1. The commands, intervals and published figures are in
 [benchmarks/README.md](benchmarks/README.md).
 """
 DETAILS = """Made by `python benchmarks/scores.py`, which also says what is run.
@@ -237,6 +238,38 @@ def sample_bandit(folder: Path, count: int = 600) -> None:
     write(folder / "benchmarks/results/bandit/samples.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
 
+def sample_maze(folder: Path, episodes: int = 8) -> None:
+    """The policies' ways through MAZE, every third step, from the runs of seed 0 in `folder` if they are there."""
+    runs = {row: folder / f"runs/scores/{MAZE}/{row}/seed0" for row in COLUMNS}
+    if not all((run / "result.json").exists() for run in runs.values()):
+        return
+    import torch
+
+    import gmpg
+    import gmpo
+    import idql
+    import iql_critic
+
+    files, lines = dict(cloning=gmpo, iql=iql_critic, gmpo=gmpo, gmpg=gmpg, idql=idql), []
+    for row, run in runs.items():
+        torch.manual_seed(0)
+        _, ways, goals = environments.rollout(files[row].load_policy(run), environments.task(MAZE), episodes, seed=0)
+        drawn = {"ways": [np.round(way[::3], 2).tolist() for way in ways], "goals": np.round(goals, 2).tolist()}
+        lines.append(f"{json.dumps(label(row))}: {json.dumps(drawn)}")
+    write(folder / f"benchmarks/results/{MAZE}/ways.json", "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def maze(found: dict[str, dict]) -> Figure:
+    """Method -> its ways through MAZE, and their goals: a panel a method."""
+    figure = Figure(figsize=(3 * len(found), 3.2), layout="constrained")
+    for k, (method, drawn) in enumerate(found.items(), 1):
+        axes = figure.add_subplot(1, len(found), k)
+        ways = [np.array(way) for way in drawn["ways"]]
+        mazes.draw(axes, environments.task(MAZE), np.zeros((0, 2)), ways, drawn["goals"])
+        axes.set(title=method, xlabel="", ylabel="")
+    return figure
+
+
 def scatter(samples: dict[str, list]) -> Figure:
     figure = Figure(figsize=(2.6 * len(samples), 2.8), layout="constrained")
     for k, (name, action) in enumerate(samples.items()):
@@ -277,6 +310,12 @@ def write_pages(folder: Path, sets: dict[str, list[str]]) -> None:
         save(curves(found), results / "curves.png")
         text = "Score during training, ten episodes an evaluation; the band reaches from the lowest seed to the highest"
         short.append(f"{text}:\n\n![learning curves](benchmarks/results/curves.png)\n")
+    if (results / MAZE / "ways.json").exists():
+        save(maze(json.loads((results / MAZE / "ways.json").read_text())), results / "maze.png")
+        text = (
+            f"Eight episodes of each method in `{MAZE}`: dots are starts, and the reward is 1 in the green circle"
+        )
+        short.append(f"{text}:\n\n![ways through the maze](benchmarks/results/maze.png)\n")
     if (results / "bandit/samples.json").exists():
         save(scatter(json.loads((results / "bandit/samples.json").read_text())), results / "bandit.png")
         long.append("Samples on the bandit:\n\n![samples on the bandit](results/bandit.png)\n")

@@ -21,6 +21,7 @@ import mujoco
 import numpy as np
 from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.spaces import Box
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 from tqdm import trange
@@ -368,8 +369,14 @@ def picture(name: str, positions: np.ndarray, trajectories: list[np.ndarray], go
 
     Positions are the first two numbers of an observation, in metres. At most 20,000 of the data are drawn.
     """
-    task, figure = TASKS[name], Figure(figsize=(6, 6), layout="constrained")
-    axes, width = figure.subplots(), WIDTH[TASKS[name].kind]
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    draw(figure.subplots(), name, positions, trajectories, goals)
+    return figure
+
+
+def draw(axes: Axes, name: str, positions: np.ndarray, trajectories: list[np.ndarray], goals: list[np.ndarray]) -> None:
+    """What `picture` shows, on `axes`."""
+    task, width = TASKS[name], WIDTH[TASKS[name].kind]
     for centre in wall_centres(task):
         axes.add_patch(Rectangle(centre - width / 2, width, width, color="0.3", linewidth=0))
     axes.scatter(*positions[:: len(positions) // 20_000 + 1].T, s=0.5, color="0.75", linewidths=0, rasterized=True)
@@ -380,4 +387,3 @@ def picture(name: str, positions: np.ndarray, trajectories: list[np.ndarray], go
         axes.add_patch(Circle(goal, GOAL_RADIUS, color="tab:green", alpha=0.3, linewidth=0))
     axes.set(title=name, xlabel="x in metres", ylabel="y in metres", aspect="equal")
     axes.autoscale_view()
-    return figure

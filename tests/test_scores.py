@@ -179,13 +179,17 @@ def test_the_same_results_give_the_same_bytes_and_the_rest_of_a_page_stays(tmp_p
         tables.write(folder / "README.md", f"before\n{tables.START}outdated\n{tables.END}\nafter\n")
         samples = {name: [[0.1, 0.2], [0.3, -0.4]] for name in ("data", "GMPO")}
         tables.write(folder / "benchmarks/results/bandit/samples.json", json.dumps(samples))
+        ways = {name: {"ways": [[[1, 1], [1, 2]]], "goals": [[1, 1]]} for name in ("cloning", "GMPO")}
+        tables.write(folder / f"benchmarks/results/{tables.MAZE}/ways.json", json.dumps(ways))
         text = pages(folder)[0]
         assert text.startswith("before\n") and text.endswith(f"{tables.END}\nafter\n") and "outdated" not in text
         pages(folder)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         made.append({str(path.relative_to(folder)): path.read_bytes() for path in files})
     assert made[0] == made[1]
-    assert {"benchmarks/results/curves.png", "benchmarks/results/bandit.png", "benchmarks/README.md"} < made[0].keys()
+    pictures = {f"benchmarks/results/{name}.png" for name in ("curves", "bandit", "maze")}
+    assert pictures | {"benchmarks/README.md"} < made[0].keys()
+    assert [axes.get_title() for axes in tables.maze(ways).axes] == ["cloning", "GMPO"]
 
 
 def test_the_pages_have_what_the_committed_results_say(tmp_path):
