@@ -20,21 +20,25 @@ COLUMNS = ("cloning", "iql", "gmpo", "gmpg", "idql")
 MAZE = "maze2d-umaze-remade"  # the one in README's picture
 
 README = """Score of the last policy over 100 episodes, mean ± standard deviation over {seeds} seeds, or the score of
-one seed where there is no ±. A set's best method is bold. `bandit`: 100 (1 - total variation) to each method's own closed
-form, so that none is the best. `halfcheetah-demo`: 100 is the undisturbed runner. The sets whose names end in `remade` are
-made here by D4RL's recipe. Their score has D4RL's scale, on which 0 is a random policy and 100 an expert, but they are not
-D4RL's own data. Cloning is GMPO with all weights 1. The commands, intervals and published figures are in
-[benchmarks/README.md](benchmarks/README.md).
+one seed where there is no ±. A set's best method is bold. Cloning is GMPO that copies all actions of the data alike.
+
+* `bandit`: each method has an exact solution of its own, which can be computed. 100 means that the policy equals it, so the
+  row has no winner. IQL's number is for the policy that its critic implies, not for its Gaussian.
+* `halfcheetah-demo`: 100 is the undisturbed runner.
+* Names that end in `remade`: the data are made here by D4RL's recipe, and are not D4RL's own. The score has D4RL's scale, on
+  which 0 is a random policy and 100 an expert (in mazes a controller that often failed, so that scores go far over 100).
+
+The commands, intervals and published figures are in [benchmarks/README.md](benchmarks/README.md).
 """
 DETAILS = """Made by `python benchmarks/scores.py`, which also says what is run.
 
 * **score**: the last policy over 100 episodes, mean ± standard deviation over seeds. The bandit's is 100 (1 - total
   variation) to each method's own closed form; IQL's is that of the policy that its critic implies, not of its Gaussian.
 * **IQM, 95 %**: the interquartile mean, for which the lowest and the highest quarter are left out (of three seeds that
-  is the mean), with the interval of a stratified bootstrap over seeds.
+  is the mean), with the interval that drawing the seeds again at random gives. From three seeds it is a rough guide.
 * **last**, **best**: of the evaluations during training, which have ten episodes, means over seeds. The best one is
   chosen by its own score, and so promises too much.
-* **steps**, **minutes**: of one run. Where the critic is that of IQL's run, they are without it.
+* **steps**, **minutes**: of one run. They leave out the critic's training where IQL's critic was used.
 """
 PUBLISHED = """Published figures for D4RL's own sets, beside ours for another dataset of the same recipe. They show what
 is usual for this kind of task; data, budgets and protocols differ.
