@@ -25,8 +25,8 @@ one seed where there is no ±. A set's best method is bold. Cloning is GMPO that
 * `bandit`: each method has an exact solution of its own, which can be computed. 100 means that the policy equals it, so
   the row has no winner. IQL's number is for the policy that its critic implies, not for its Gaussian.
 * `halfcheetah-demo`: 100 is the undisturbed runner.
-* Names that end in `remade`: the data are made here by D4RL's recipe, and are not D4RL's own. The score has D4RL's scale,
-  on which 0 is a random policy and 100 an expert; in mazes that is a controller which often failed.
+* Names that end in `remade`: the data are made here by D4RL's recipe, and are not D4RL's own. The score has D4RL's
+  scale, on which 0 is a random policy and 100 an expert; in mazes that is a controller which often failed.
 
 The commands, intervals and published figures are in [benchmarks/README.md](benchmarks/README.md).
 """
