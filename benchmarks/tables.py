@@ -316,9 +316,7 @@ def write_pages(folder: Path, sets: dict[str, list[str]]) -> None:
         short.append(f"{text}:\n\n![learning curves](benchmarks/results/curves.png)\n")
     if (results / MAZE / "ways.json").exists():
         save(maze(json.loads((results / MAZE / "ways.json").read_text())), results / "maze.png")
-        text = (
-            f"Eight episodes of each method in `{MAZE}`: dots are starts, and the reward is 1 in the green circle"
-        )
+        text = f"Eight episodes of each method in `{MAZE}`: dots are starts, and the reward is 1 in the green circle"
         short.append(f"{text}:\n\n![ways through the maze](benchmarks/results/maze.png)\n")
     if (results / "bandit/samples.json").exists():
         save(scatter(json.loads((results / "bandit/samples.json").read_text())), results / "bandit.png")
