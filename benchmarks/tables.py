@@ -19,8 +19,8 @@ START, END = "<!-- scores: made by benchmarks/scores.py -->\n", "<!-- end -->"
 COLUMNS = ("cloning", "iql", "gmpo", "gmpg", "idql")
 MAZE = "maze2d-umaze-remade"  # the one in README's picture
 
-README = """Score of the last policy over 100 episodes, mean ± standard deviation over {seeds} seeds, or the score of
-one seed where there is no ±. A set's best method is bold. Cloning is GMPO that copies all actions of the data alike.
+README = """Score of the last policy over 100 episodes, mean ± standard deviation over up to {seeds} seeds, or the score
+of one seed where there is no ±. A set's best method is bold. Cloning is GMPO that copies all actions of the data alike.
 
 * `bandit`: each method has an exact solution of its own, which can be computed. 100 means that the policy equals it, so
   the row has no winner. IQL's number is for the policy that its critic implies, not for its Gaussian.
