@@ -197,7 +197,7 @@ def choose_device(args) -> None:
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {args.device} is not to be had here; use cpu, cuda or cuda:<number>") from None
     if torch.device(args.device).type == "cuda":
-        torch.cuda.set_device(args.device)  # a CUDA graph is captured on the current device
+        torch.cuda.set_device(torch.device(args.device).index or 0)  # a CUDA graph is captured on the current device
     elif args.cudagraph:
         print(f"--cudagraph is left out: it needs a GPU, and this run is on {args.device}")
         args.cudagraph = False
