@@ -61,6 +61,8 @@ class Args(RunArgs):
     """gradient steps of the critic"""
     critic_lr: Amount | None = None
     """Adam's learning rate for Q and V"""
+    layer_norm: bool | None = None
+    """LayerNorm in Q and V (arXiv:2302.02948), without which they may grow without bound away from the data"""
     expectile: Inside | None = None
     """tau of Eq. (1): 0.5 is the mean over the data's actions, towards 1 it becomes the best of them"""
     discount: Share = 0.99
@@ -101,15 +103,15 @@ OURS = dict(
     eval_every=100,
 )  # fmt: skip
 
-# An argument that is None takes its value from the first of these entries that exists, else from "*": the full name;
-# "own data" (a file); "maze2d-remade" or "remade" (a name that ends in -remade); the name up to its first "-".
+# An argument that is None takes its value from the dataset's entry or, where that has none, from "*". The entry is the
+# first there is of: full name (AntMaze: as -v0); "own data": a file; "maze2d-remade", "remade": data made here; family.
 SETTINGS = {
-    # The reference code's values. Its loss divides the KL by A ln 2, so that beta here is its beta times A ln 2. Its up
-    # to 24 500 updates of 40 960 states and 999 steps take a GPU months: policy_steps, policy_batch_size are ours.
+    # The reference code's, but policy_steps, policy_batch_size, sampler_steps are ours: its up to 24 500 updates of
+    # 40 960 states and 999 steps take months. Its KL is divided by A ln 2, so that beta here is its beta times A ln 2.
     "*": dict(
         critic_lr=3e-4, critic_steps=1_000_000, behaviour_steps=500_000, behaviour_lr=1e-4, policy_steps=10_000,
         policy_lr=1e-5, batch_size=4096, policy_batch_size=1024, expectile=0.7, beta=16.6, normalize_obs=False,
-        network="paper", sampler_steps=16, eval_every=500,
+        network="paper", sampler_steps=16, layer_norm=False, eval_every=500,
     ),
     "halfcheetah-medium-v2": dict(critic_steps=1_220_000, policy_lr=1e-4, beta=4.16),
     "halfcheetah-medium-expert-v2": dict(critic_steps=976_000, policy_lr=1e-6, beta=16.6),
@@ -128,13 +130,10 @@ SETTINGS = {
     **{name: dict(beta=0.5) for name in ("kitchen", "pen", "hammer", "door", "relocate")},  # IQL's; the paper has none
     "antmaze": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
     # Ours: budgets of minutes, chosen by trying.
-    "halfcheetah-demo": OURS | dict(
-        critic_steps=15_000, behaviour_steps=10_000, policy_steps=400, policy_lr=1e-4, policy_batch_size=64, beta=2.0,
-    ),
-    "bandit": OURS | dict(
-        critic_lr=1e-3, critic_steps=1_500, behaviour_steps=8_000, behaviour_lr=3e-3, policy_steps=200,
-        batch_size=128, beta=2.0, normalize_obs=False, eval_every=50,
-    ),
+    "halfcheetah-demo": OURS | dict(critic_steps=15_000, behaviour_steps=10_000, policy_steps=400, policy_lr=1e-4,
+                                    policy_batch_size=64, beta=2.0),
+    "bandit": OURS | dict(critic_lr=1e-3, critic_steps=1_500, behaviour_steps=8_000, behaviour_lr=3e-3, batch_size=128,
+                          policy_steps=200, beta=2.0, normalize_obs=False, eval_every=50),
     "maze2d-remade": OURS | dict(critic_steps=100_000, behaviour_steps=50_000, policy_steps=300, beta=10.0),
     "remade": OURS | dict(critic_steps=200_000, behaviour_steps=100_000, policy_steps=1_000, beta=1.0),
     "own data": OURS | dict(
@@ -167,26 +166,26 @@ def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
             module.std.copy_(obs.std(0, unbiased=False).clamp(min=1e-3))
 
 
-def mlp(*sizes: int) -> nn.Sequential:
-    """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
-    # differs from the reference code of gmpo.py and gmpg.py (there torch's default) and of idql.py (Xavier-uniform):
-    # critic weights start orthogonal, as in IQL's code
+def mlp(*sizes: int, layer_norm: bool = False) -> nn.Sequential:
+    """Linear, (LayerNorm,) ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer."""
+    # differs from the authors' code of GMPO and GMPG (there torch's default) and of IDQL (Xavier-uniform): the critic's
+    # weights start orthogonal, as in IQL's code, so that one critic serves all four files
     layers = []
     for size_in, size_out in zip(sizes[:-1], sizes[1:]):
         linear = nn.Linear(size_in, size_out)
         nn.init.orthogonal_(linear.weight, math.sqrt(2))
         nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+        layers += [linear, nn.LayerNorm(size_out), nn.ReLU()] if layer_norm else [linear, nn.ReLU()]
+    return nn.Sequential(*layers[: -2 if layer_norm else -1])
 
 
 class TwinQ(nn.Module):
     """Two independent critics Q_1, Q_2: (B, O), (B, A) -> (2, B)."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, layer_norm: bool = False):
         super().__init__()
         self.normalize = Normalize(obs_dim)
-        self.q1, self.q2 = mlp(obs_dim + action_dim, 256, 256, 1), mlp(obs_dim + action_dim, 256, 256, 1)
+        self.q1, self.q2 = (mlp(obs_dim + action_dim, 256, 256, 1, layer_norm=layer_norm) for _ in range(2))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([self.normalize(obs), action], -1)
@@ -196,9 +195,9 @@ class TwinQ(nn.Module):
 class Value(nn.Module):
     """V: (B, O) -> (B,)."""
 
-    def __init__(self, obs_dim: int):
+    def __init__(self, obs_dim: int, layer_norm: bool = False):
         super().__init__()
-        self.normalize, self.net = Normalize(obs_dim), mlp(obs_dim, 256, 256, 1)
+        self.normalize, self.net = Normalize(obs_dim), mlp(obs_dim, 256, 256, 1, layer_norm=layer_norm)
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.net(self.normalize(obs)).squeeze(-1)
@@ -312,9 +311,9 @@ def matching_loss(net: nn.Module, obs: Tensor, action: Tensor, args: Args) -> Te
 class Critic(nn.Module):
     """Q, its slow copy Q', and V."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, layer_norm: bool = False):
         super().__init__()
-        self.q, self.v = TwinQ(obs_dim, action_dim), Value(obs_dim)
+        self.q, self.v = TwinQ(obs_dim, action_dim, layer_norm), Value(obs_dim, layer_norm)
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
 
 
@@ -328,7 +327,7 @@ def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tens
     and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
         q_prime = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
-        # differs from IQL's and IDQL's code, which step V first: here V is not stepped yet, as in GMPO's code
+        # differs from IQL's and IDQL's code, which step V first: here one step serves both, as in GMPO's code
         td_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
     v, q = critic.v(batch.obs), critic.q(batch.obs, batch.action)  # (B,), (2, B)
     v_loss = f(q_prime - v, args).mean()  # Eq. (1)
@@ -377,17 +376,17 @@ def sample_with_log_density(net: nn.Module, obs: Tensor, args: Args) -> tuple[Te
 
 
 def log_density(net: nn.Module, obs: Tensor, action: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """Eq. (13) of given actions, (B, O), (B, A) -> (B,), and how well their steps were undone, (B,): where the largest
-    miss is not tiny, the density is not to be trusted. Differentiable in the action and the net."""
+    """Eq. (13) of given actions, (B, O), (B, A) -> (B,), and by how much their undone steps miss, at worst, (B,),
+    which is logged: if it is not tiny, the density is wrong. Differentiable in the action and the net."""
     # differs from the reference code: there the likelihood detaches z, so that the KL has a wrong gradient
-    z, log_dets, miss = action, 0.0, torch.zeros_like(action[:, 0])
+    z, log_dets, undo_error = action, 0.0, torch.zeros_like(action[:, 0])
     for t, t_next in reversed(times(obs, args)):
         step, z_next = euler_step(net, obs, t, t_next), z
         z = samplers.invert(step, z_next)  # by Newton's method; its gradient is that of the inverse function
         again, jacobian = samplers.with_jacobian(step, z)
         log_dets = log_dets + torch.linalg.slogdet(jacobian).logabsdet
-        miss = torch.maximum(miss, (again - z_next).detach().abs().amax(-1))
-    return log_normal(z) - log_dets, miss
+        undo_error = torch.maximum(undo_error, (again - z_next).detach().abs().amax(-1))
+    return log_normal(z) - log_dets, undo_error
 
 
 def policy_loss(
@@ -395,11 +394,11 @@ def policy_loss(
 ) -> tuple[Tensor, dict]:
     """Eq. (14). Its gradient goes through every step of the sampler."""
     action, log_pi = sample_with_log_density(policy, obs, args)
-    log_mu, miss = log_density(behaviour, obs, action, args)
+    log_mu, undo_error = log_density(behaviour, obs, action, args)
     q = critic.q(obs, action.clamp(-1, 1)).amin(0)  # (B,); outside of [-1, 1] there is no Q, and the KL alone pulls
     loss = (-args.beta * q + log_pi - log_mu).mean()
     kl, q = (log_pi - log_mu).detach().mean(), q.detach().mean()
-    return loss, {"policy/loss": loss.detach(), "policy/q": q, "policy/kl": kl, "policy/undo_error": miss.amax()}
+    return loss, {"policy/loss": loss.detach(), "policy/q": q, "policy/kl": kl, "policy/undo_error": undo_error.amax()}
 
 
 def act(policy: nn.Module, obs: Tensor, args: Args) -> Tensor:
@@ -443,7 +442,7 @@ def evaluate(actor: Callable, run: runs.Run, args: Args) -> dict:
 
 
 def evaluate_bandit(actor: Callable, run: runs.Run, args: Args) -> dict:
-    """The policy's actions against the closed form mu exp(beta Q) / Z; Q is the reward, and mu has all modes alike."""
+    """How often the policy takes each of the bandit's modes, against mu exp(beta Q) / Z: mu uniform, Q the reward."""
     target = torch.softmax(args.beta * bandit.REWARDS, -1)
     metrics, figure = bandit.report(actor(torch.zeros(4096, 1, device=args.device)), target)
     run.picture("bandit", figure)
@@ -457,9 +456,9 @@ def cosine(step: int, steps: int) -> float:
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards as in IQL: locomotion's scaled, antmaze's - 1
+    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards as in IQL: scaled in locomotion, less 1 in antmaze
     torch.manual_seed(args.seed)
-    critic = Critic(data.obs_dim, data.action_dim).to(args.device)
+    critic = Critic(data.obs_dim, data.action_dim, args.layer_norm).to(args.device)
     behaviour = make_policy(data.obs_dim, data.action_dim, args).to(args.device)  # the model of mu
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, behaviour)
@@ -467,8 +466,7 @@ def train(args: Args) -> dict:
     if args.critic:
         trained.load_critic(critic, args)  # refused if its f, gamma or data differ; `prepare` made critic_steps 0
 
-    # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
-    adam = dict(fused=True, capturable=args.cudagraph)
+    adam = dict(fused=True, capturable=args.cudagraph)  # with --cudagraph a learning rate that changes is a tensor
     critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)
     behaviour_lr = torch.tensor(args.behaviour_lr, device=args.device)
     behaviour_optimizer = torch.optim.Adam(behaviour.parameters(), lr=behaviour_lr, **adam)
@@ -504,9 +502,9 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # a graph is recorded when first called, so after `restore` below, which replaces tensors
-        updates = critic_update, behaviour_update, policy_update
-        critic_update, behaviour_update, policy_update = map(runs.captured, updates)
+    if args.cudagraph:  # recorded in the loop's first steps: `restore` below has replaced tensors by then
+        critic_update, behaviour_update = runs.captured(critic_update), runs.captured(behaviour_update)
+        policy_update = runs.captured(policy_update)
     run = runs.Run(  # saves and restores what it is given by name
         args, NAME, data,
         {"critic": args.critic_steps, "behaviour": args.behaviour_steps, "policy": args.policy_steps},

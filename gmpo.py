@@ -63,6 +63,8 @@ class Args(RunArgs):
     """gradient steps of the critic"""
     critic_lr: Amount | None = None
     """Adam's learning rate for Q and V"""
+    layer_norm: bool | None = None
+    """LayerNorm in Q and V (arXiv:2302.02948), without which they may grow without bound away from the data"""
     expectile: Inside | None = None
     """tau of Eq. (1): 0.5 is the mean over the data's actions, towards 1 it becomes the best of them"""
     discount: Share = 0.99
@@ -102,14 +104,14 @@ class Args(RunArgs):
 # differs from the paper: on data that are not D4RL's the net is a plain MLP, an eleventh of the size of the paper's
 OURS = dict(batch_size=256, policy_lr=1e-3, lr_decay=True, normalize_obs=True, network="mlp")
 
-# An argument that is None takes its value from the first of these entries that exists, else from "*": the full name;
-# "own data" (a file); "maze2d-remade" or "remade" (a name that ends in -remade); the name up to its first "-".
+# An argument that is None takes its value from the dataset's entry or, where that has none, from "*". The entry is the
+# first there is of: full name (AntMaze: as -v0); "own data": a file; "maze2d-remade", "remade": data made here; family.
 SETTINGS = {
     # The reference code's, its epochs turned into steps at its batch of 4096; sampler_steps and eval_every are ours.
     "*": dict(
         critic_lr=3e-4, critic_steps=1_000_000, policy_steps=2_000_000, batch_size=4096,
         policy_lr=1e-4, lr_decay=False, expectile=0.7, beta=4.0, weight_max=100.0, normalize_obs=False,
-        network="paper", sampler_steps=10, eval_every=50_000,
+        network="paper", sampler_steps=10, layer_norm=False, eval_every=50_000,
     ),
     "halfcheetah-medium-v2": dict(critic_steps=1_220_000, policy_steps=2_440_000, beta=8.0),
     "halfcheetah-medium-expert-v2": dict(critic_steps=976_000, policy_steps=4_880_000, beta=1.0),
@@ -130,10 +132,8 @@ SETTINGS = {
     "antmaze": dict(expectile=0.9, beta=10.0),
     # Ours: budgets of minutes, chosen by trying.
     "halfcheetah-demo": OURS | dict(critic_steps=15_000, policy_steps=10_000, beta=1.0, eval_every=2_500),
-    "bandit": OURS | dict(
-        critic_lr=1e-3, critic_steps=1_500, policy_steps=8_000, batch_size=128, policy_lr=6e-3, beta=2.0,
-        normalize_obs=False, sampler_steps=32, eval_every=2_000,
-    ),
+    "bandit": OURS | dict(critic_lr=1e-3, critic_steps=1_500, policy_steps=8_000, batch_size=128, policy_lr=6e-3,
+                          beta=2.0, normalize_obs=False, sampler_steps=32, eval_every=2_000),
     "maze2d-remade": OURS | dict(critic_steps=100_000, policy_steps=50_000, beta=10.0, eval_every=10_000),
     "remade": OURS | dict(critic_steps=200_000, policy_steps=100_000, beta=1.0, eval_every=20_000),
     "own data": OURS | dict(critic_steps=100_000, policy_steps=100_000, policy_lr=3e-4, beta=0.3, eval_every=10_000),
@@ -164,26 +164,26 @@ def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
             module.std.copy_(obs.std(0, unbiased=False).clamp(min=1e-3))
 
 
-def mlp(*sizes: int) -> nn.Sequential:
-    """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
-    # differs from the reference code of gmpo.py and gmpg.py (there torch's default) and of idql.py (Xavier-uniform):
-    # critic weights start orthogonal, as in IQL's code
+def mlp(*sizes: int, layer_norm: bool = False) -> nn.Sequential:
+    """Linear, (LayerNorm,) ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer."""
+    # differs from the authors' code of GMPO and GMPG (there torch's default) and of IDQL (Xavier-uniform): the critic's
+    # weights start orthogonal, as in IQL's code, so that one critic serves all four files
     layers = []
     for size_in, size_out in zip(sizes[:-1], sizes[1:]):
         linear = nn.Linear(size_in, size_out)
         nn.init.orthogonal_(linear.weight, math.sqrt(2))
         nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+        layers += [linear, nn.LayerNorm(size_out), nn.ReLU()] if layer_norm else [linear, nn.ReLU()]
+    return nn.Sequential(*layers[: -2 if layer_norm else -1])
 
 
 class TwinQ(nn.Module):
     """Two independent critics Q_1, Q_2: (B, O), (B, A) -> (2, B)."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, layer_norm: bool = False):
         super().__init__()
         self.normalize = Normalize(obs_dim)
-        self.q1, self.q2 = mlp(obs_dim + action_dim, 256, 256, 1), mlp(obs_dim + action_dim, 256, 256, 1)
+        self.q1, self.q2 = (mlp(obs_dim + action_dim, 256, 256, 1, layer_norm=layer_norm) for _ in range(2))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([self.normalize(obs), action], -1)
@@ -193,9 +193,9 @@ class TwinQ(nn.Module):
 class Value(nn.Module):
     """V: (B, O) -> (B,)."""
 
-    def __init__(self, obs_dim: int):
+    def __init__(self, obs_dim: int, layer_norm: bool = False):
         super().__init__()
-        self.normalize, self.net = Normalize(obs_dim), mlp(obs_dim, 256, 256, 1)
+        self.normalize, self.net = Normalize(obs_dim), mlp(obs_dim, 256, 256, 1, layer_norm=layer_norm)
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.net(self.normalize(obs)).squeeze(-1)
@@ -324,7 +324,7 @@ def noise_prediction(net: nn.Module, x: Tensor, t: Tensor, obs: Tensor, path: st
 
 
 def sample(net: nn.Module, obs: Tensor, args: Args, noise_scale: float = 1.0) -> Tensor:
-    """Eq. (6); `ode` integrates the velocity, the others use the eps that it implies: (B, O) -> (B, A), not clipped."""
+    """Eq. (6) by args.solver; euler, midpoint, rk4 use the velocity, the rest eps: (B, O) -> (B, A), not clipped."""
     # differs from the paper: DPM-Solver++(2M) with 10 steps, shorter near the action, not Euler with 31 equal ones
     x = noise_scale * torch.randn(len(obs), net.action_dim, device=obs.device)
     if args.solver in ("euler", "midpoint", "rk4"):
@@ -341,9 +341,9 @@ def sample(net: nn.Module, obs: Tensor, args: Args, noise_scale: float = 1.0) ->
 class Critic(nn.Module):
     """Q, its slow copy Q', and V."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, layer_norm: bool = False):
         super().__init__()
-        self.q, self.v = TwinQ(obs_dim, action_dim), Value(obs_dim)
+        self.q, self.v = TwinQ(obs_dim, action_dim, layer_norm), Value(obs_dim, layer_norm)
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
 
 
@@ -357,7 +357,7 @@ def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tens
     and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
         q_prime = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
-        # differs from IQL's and IDQL's code, which step V first: here V is not stepped yet, as in GMPO's code
+        # differs from IQL's and IDQL's code, which step V first: here one step serves both, as in GMPO's code
         td_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
     v, q = critic.v(batch.obs), critic.q(batch.obs, batch.action)  # (B,), (2, B)
     v_loss = f(q_prime - v, args).mean()  # Eq. (1)
@@ -376,7 +376,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 @torch.no_grad()
 def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
-    # differs from IQL, which weighs by Q' - V: here it is Q - V, as in the reference code
+    # differs from IQL, whose policy weighs by Q' - V (so does iql_critic.py's): here it is Q - V, as in GMPO's code
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
@@ -455,7 +455,7 @@ def evaluate(actor: Callable, run: runs.Run, args: Args) -> dict:
 
 
 def evaluate_bandit(actor: Callable, run: runs.Run, args: Args) -> dict:
-    """The policy's actions against the closed form mu exp(beta Q) / Z; Q is the reward, and mu has all modes alike."""
+    """How often the policy takes each of the bandit's modes, against mu exp(beta Q) / Z: mu uniform, Q the reward."""
     target = torch.softmax(args.beta * bandit.REWARDS, -1)
     metrics, figure = bandit.report(actor(torch.zeros(4096, 1, device=args.device)), target)
     run.picture("bandit", figure)
@@ -469,9 +469,9 @@ def cosine(step: int, steps: int) -> float:
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards as in IQL: locomotion's scaled, antmaze's - 1
+    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards as in IQL: scaled in locomotion, less 1 in antmaze
     torch.manual_seed(args.seed)
-    critic = Critic(data.obs_dim, data.action_dim).to(args.device)
+    critic = Critic(data.obs_dim, data.action_dim, args.layer_norm).to(args.device)
     policy = make_policy(data.obs_dim, data.action_dim, args).to(args.device)
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, policy)
@@ -479,8 +479,7 @@ def train(args: Args) -> dict:
         trained.load_critic(critic, args)  # refused if its f, gamma or data differ; `prepare` made critic_steps 0
     behaviour = load_net(args.behaviour, args.device) if args.behaviour else None  # the model of mu of Eq. (9)
 
-    # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
-    adam = dict(fused=True, capturable=args.cudagraph)
+    adam = dict(fused=True, capturable=args.cudagraph)  # with --cudagraph a learning rate that changes is a tensor
     critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)
     policy_lr = torch.tensor(args.policy_lr, device=args.device)
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=policy_lr, **adam)
@@ -509,7 +508,7 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # a graph is recorded when first called, so after `restore` below, which replaces tensors
+    if args.cudagraph:  # recorded in the loop's first steps: `restore` below has replaced tensors by then
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     run = runs.Run(  # saves and restores what it is given by name
         args, NAME, data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,

@@ -22,7 +22,7 @@ down when it acts: sample N actions of a model of mu, then choose among them by 
     (16) L = E_D[ |net(x_t, t, s) - eps|^2 ]                 t uniform; summed over action dimensions
     (17) x_{t-1} = (x_t - beta_t / sqrt(1 - ab_t) net(x_t, t, s)) / sqrt(1 - beta_t) + sqrt(beta_t) z, clipped
   policy: a_1 .. a_N ~ mu(.|s), then one of them
-    (11) pi(a|s) = mu(a|s) w(s, a) / Z(s), w = |f'(Q - V)| / |Q - V|
+    (11) pi(a|s) = mu(a|s) |f'(u)| / |u| / Z(s), u = min_i Q_i(s, a) - V(s)    with Q' for Q in this file
     (18) the one with the largest min_i Q'_i(s, a)           what the paper reports
 
 B is the batch, O the size of an observation, A of an action, N the candidates. Equations have the same number in every
@@ -59,6 +59,8 @@ class Args(RunArgs):
     """gradient steps of the critic"""
     critic_lr: Amount | None = None
     """Adam's learning rate for Q and V"""
+    layer_norm: bool | None = None
+    """LayerNorm in Q and V (arXiv:2302.02948), without which they may grow without bound away from the data"""
     critic_loss: Literal["expectile", "quantile", "exponential"] = "expectile"
     """f of Eq. (1)"""
     expectile: Inside | None = None
@@ -97,14 +99,14 @@ class Args(RunArgs):
 
 OURS = dict(policy_batch_size=256, normalize_obs=True, eval_every=10_000)  # for data that are not D4RL's
 
-# An argument that is None takes its value from the first of these entries that exists, else from "*": the full name;
-# "own data" (a file); "maze2d-remade" or "remade" (a name that ends in -remade); the name up to its first "-".
+# An argument that is None takes its value from the dataset's entry or, where that has none, from "*". The entry is the
+# first there is of: full name (AntMaze: as -v0); "own data": a file; "maze2d-remade", "remade": data made here; family.
 SETTINGS = {
     # The paper's text: two actor steps of 1024 for each of the critic's 256. The authors' last code has other settings.
     "*": dict(
         critic_lr=3e-4, critic_steps=1_500_000, policy_steps=3_000_000, batch_size=256, policy_batch_size=1024,
         policy_lr=3e-4, ema_rate=0.001, diffusion_steps=5, expectile=0.7, extraction="argmax", candidates=64,
-        beta=1.0, normalize_obs=False, eval_every=250_000,
+        beta=1.0, normalize_obs=False, layer_norm=False, eval_every=250_000,
     ),
     "antmaze": dict(expectile=0.9, critic_steps=1_000_000, policy_steps=2_000_000),
     # Ours: budgets of minutes, chosen by trying.
@@ -143,26 +145,26 @@ def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
             module.std.copy_(obs.std(0, unbiased=False).clamp(min=1e-3))
 
 
-def mlp(*sizes: int) -> nn.Sequential:
-    """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
-    # differs from the reference code of gmpo.py and gmpg.py (there torch's default) and of idql.py (Xavier-uniform):
-    # critic weights start orthogonal, as in IQL's code
+def mlp(*sizes: int, layer_norm: bool = False) -> nn.Sequential:
+    """Linear, (LayerNorm,) ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer."""
+    # differs from the authors' code of GMPO and GMPG (there torch's default) and of IDQL (Xavier-uniform): the critic's
+    # weights start orthogonal, as in IQL's code, so that one critic serves all four files
     layers = []
     for size_in, size_out in zip(sizes[:-1], sizes[1:]):
         linear = nn.Linear(size_in, size_out)
         nn.init.orthogonal_(linear.weight, math.sqrt(2))
         nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+        layers += [linear, nn.LayerNorm(size_out), nn.ReLU()] if layer_norm else [linear, nn.ReLU()]
+    return nn.Sequential(*layers[: -2 if layer_norm else -1])
 
 
 class TwinQ(nn.Module):
     """Two independent critics Q_1, Q_2: (B, O), (B, A) -> (2, B)."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, layer_norm: bool = False):
         super().__init__()
         self.normalize = Normalize(obs_dim)
-        self.q1, self.q2 = mlp(obs_dim + action_dim, 256, 256, 1), mlp(obs_dim + action_dim, 256, 256, 1)
+        self.q1, self.q2 = (mlp(obs_dim + action_dim, 256, 256, 1, layer_norm=layer_norm) for _ in range(2))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([self.normalize(obs), action], -1)
@@ -172,9 +174,9 @@ class TwinQ(nn.Module):
 class Value(nn.Module):
     """V: (B, O) -> (B,)."""
 
-    def __init__(self, obs_dim: int):
+    def __init__(self, obs_dim: int, layer_norm: bool = False):
         super().__init__()
-        self.normalize, self.net = Normalize(obs_dim), mlp(obs_dim, 256, 256, 1)
+        self.normalize, self.net = Normalize(obs_dim), mlp(obs_dim, 256, 256, 1, layer_norm=layer_norm)
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.net(self.normalize(obs)).squeeze(-1)
@@ -205,12 +207,12 @@ class Block(nn.Module):
 
 
 class LNResNet(nn.Module):
-    """net(x_t, t, s) of the paper, t a whole number as it is: (B, A), (B,), (B, O) -> (B, A)."""
+    """net(x_t, t, s) of the paper, t unscaled, 0 to T - 1: (B, A), (B,), (B, O) -> (B, A)."""
 
     def __init__(self, obs_dim: int, action_dim: int, dropout: float):
         super().__init__()
         self.normalize, self.obs_dim, self.action_dim = Normalize(obs_dim), obs_dim, action_dim
-        self.frequencies = nn.Parameter(0.2 * torch.randn(32))
+        self.frequencies = nn.Parameter(0.2 * torch.randn(32))  # Fourier features, learned, as in the authors' code
         self.condition = nn.Sequential(dense(64, 128), nn.Mish(), dense(128, 128))
         blocks = [Block(256, dropout) for _ in range(3)]
         self.net = nn.Sequential(dense(action_dim + obs_dim + 128, 256), *blocks, nn.Mish(), dense(256, action_dim))
@@ -228,8 +230,8 @@ class LNResNet(nn.Module):
 def betas(args: Args, device: str | torch.device = "cpu") -> Tensor:
     """The (T,) beta_t of Eq. (15): 1 - exp(-(the integral of 0.1 + 9.9 u over u from t / T to (t + 1) / T))."""
     steps = args.diffusion_steps
-    i = torch.arange(1, steps + 1, dtype=torch.float64, device=device)  # t + 1
-    return (1 - torch.exp(-0.1 / steps - 0.5 * 9.9 * (2 * i - 1) / steps**2)).float()
+    t = torch.arange(steps, dtype=torch.float64, device=device)
+    return (1 - torch.exp(-0.1 / steps - 9.9 * (t + 0.5) / steps**2)).float()
 
 
 def sample(net: nn.Module, obs: Tensor, args: Args) -> Tensor:
@@ -253,9 +255,9 @@ def sample(net: nn.Module, obs: Tensor, args: Args) -> Tensor:
 class Critic(nn.Module):
     """Q, its slow copy Q', and V."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, layer_norm: bool = False):
         super().__init__()
-        self.q, self.v = TwinQ(obs_dim, action_dim), Value(obs_dim)
+        self.q, self.v = TwinQ(obs_dim, action_dim, layer_norm), Value(obs_dim, layer_norm)
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
 
 
@@ -274,7 +276,7 @@ def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tens
     and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
         q_prime = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
-        # differs from IQL's and IDQL's code, which step V first: here V is not stepped yet, as in GMPO's code
+        # differs from IQL's and IDQL's code, which step V first: here one step serves both, as in GMPO's code
         td_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
     v, q = critic.v(batch.obs), critic.q(batch.obs, batch.action)  # (B,), (2, B)
     v_loss = f(q_prime - v, args).mean()  # Eq. (1)
@@ -336,7 +338,7 @@ def choose(q: Tensor, v: Tensor, args: Args) -> Tensor:
 
 
 def act(policy: nn.Module, critic: Critic, obs: Tensor, args: Args) -> Tensor:
-    """N candidates of every state in one batch, then one of them a state: (B, O) -> (B, A) in [-1, 1]."""
+    """N candidates of every state in one batch, then one of them for each state: (B, O) -> (B, A) in [-1, 1]."""
     repeated = obs.repeat_interleave(args.candidates, 0)  # (B N, O), the N rows of a state side by side
     action = sample(policy, repeated, args)
     q = critic.target_q(repeated, action).amin(0).view(-1, args.candidates)  # (B, N)
@@ -351,7 +353,7 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
     """
     checkpoint = trained.load_checkpoint(path, NAME)
     args = trained.saved_args(checkpoint, Args)
-    critic = Critic(*checkpoint["sizes"]).to(device)
+    critic = Critic(*checkpoint["sizes"], args.layer_norm).to(device)
     policy = LNResNet(*checkpoint["sizes"], args.dropout).to(device).eval()
     critic.load_state_dict(checkpoint["critic"])
     policy.load_state_dict(checkpoint["ema"])
@@ -391,10 +393,10 @@ def cosine(step: int, steps: int) -> float:
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards as in IQL: locomotion's scaled, antmaze's - 1
+    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards as in IQL: scaled in locomotion, less 1 in antmaze
     # differs from the authors' code: all of the data is trained on, not a random 95 %
     torch.manual_seed(args.seed)
-    critic = Critic(data.obs_dim, data.action_dim).to(args.device)
+    critic = Critic(data.obs_dim, data.action_dim, args.layer_norm).to(args.device)
     policy = LNResNet(data.obs_dim, data.action_dim, args.dropout).to(args.device)
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, policy)
@@ -402,8 +404,7 @@ def train(args: Args) -> dict:
         trained.load_critic(critic, args)  # refused if its f, gamma or data differ; `prepare` made critic_steps 0
     ema = copy.deepcopy(policy).requires_grad_(False).eval()  # the average of the weights, the net that acts
 
-    # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
-    adam = dict(fused=True, capturable=args.cudagraph)
+    adam = dict(fused=True, capturable=args.cudagraph)  # with --cudagraph a learning rate that changes is a tensor
     critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)
     policy_lr = torch.tensor(args.policy_lr, device=args.device)
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=policy_lr, **adam)
@@ -427,7 +428,7 @@ def train(args: Args) -> dict:
         update_target(ema, policy, args.ema_rate)
         return metrics
 
-    if args.cudagraph:  # a graph is recorded when first called, so after `restore` below, which replaces tensors
+    if args.cudagraph:  # recorded in the loop's first steps: `restore` below has replaced tensors by then
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     run = runs.Run(  # saves and restores what it is given by name
         args, NAME, data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,

@@ -19,8 +19,8 @@ fitted to Q at the data's actions, by an asymmetric loss, so that it becomes the
   policy
     (7)  w(s, a) = min(exp(beta (min_i Q_i(s, a) - V(s))), weight_max)       with Q' for Q in this file, as in IQL
     (10) L = -E_D[ w(s, a) log N(a; tanh(m(s)), std) ]       IQL's actor: advantage-weighted regression of a Gaussian
-  and the policy whose value V is, never written down by the critic (IDQL)
-    (11) pi(a|s) = mu(a|s) w(s, a) / Z(s), w = |f'(Q - V)| / |Q - V|
+  and the policy that V is the value of; no network holds it (IDQL)
+    (11) pi(a|s) = mu(a|s) |f'(u)| / |u| / Z(s), u = min_i Q_i(s, a) - V(s)
 
 B is the batch, O the size of an observation, A of an action. Equations have the same number in every file.
 """
@@ -53,6 +53,8 @@ class Args(RunArgs):
     """gradient steps of the critic"""
     critic_lr: Amount | None = None
     """Adam's learning rate for Q and V"""
+    layer_norm: bool | None = None
+    """LayerNorm in Q and V (arXiv:2302.02948), without which they may grow without bound away from the data"""
     critic_loss: Literal["expectile", "quantile", "exponential"] = "expectile"
     """f of Eq. (1)"""
     expectile: Inside | None = None
@@ -82,12 +84,12 @@ class Args(RunArgs):
     """transitions a gradient step"""
 
 
-# An argument that is None takes its value from the first of these entries that exists, else from "*": the full name;
-# "own data" (a file); "maze2d-remade" or "remade" (a name that ends in -remade); the name up to its first "-".
+# An argument that is None takes its value from the dataset's entry or, where that has none, from "*". The entry is the
+# first there is of: full name (AntMaze: as -v0); "own data": a file; "maze2d-remade", "remade": data made here; family.
 SETTINGS = {
     "*": dict(  # IQL's own
         critic_lr=3e-4, critic_steps=1_000_000, policy_steps=1_000_000, policy_lr=3e-4, lr_decay=True,
-        expectile=0.7, beta=3.0, dropout=0.0, normalize_obs=False, eval_every=50_000,
+        expectile=0.7, beta=3.0, dropout=0.0, normalize_obs=False, layer_norm=False, eval_every=50_000,
     ),
     "antmaze": dict(expectile=0.9, beta=10.0),
     **{family: dict(beta=0.5, dropout=0.1) for family in ("kitchen", "pen", "hammer", "door", "relocate")},
@@ -124,26 +126,26 @@ def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
             module.std.copy_(obs.std(0, unbiased=False).clamp(min=1e-3))
 
 
-def mlp(*sizes: int) -> nn.Sequential:
-    """Linear, ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer, the last too."""
-    # differs from the reference code of gmpo.py and gmpg.py (there torch's default) and of idql.py (Xavier-uniform):
-    # critic weights start orthogonal, as in IQL's code
+def mlp(*sizes: int, layer_norm: bool = False) -> nn.Sequential:
+    """Linear, (LayerNorm,) ReLU, ..., Linear, with IQL's orthogonal initialisation, of gain sqrt 2 on every layer."""
+    # differs from the authors' code of GMPO and GMPG (there torch's default) and of IDQL (Xavier-uniform): the critic's
+    # weights start orthogonal, as in IQL's code, so that one critic serves all four files
     layers = []
     for size_in, size_out in zip(sizes[:-1], sizes[1:]):
         linear = nn.Linear(size_in, size_out)
         nn.init.orthogonal_(linear.weight, math.sqrt(2))
         nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+        layers += [linear, nn.LayerNorm(size_out), nn.ReLU()] if layer_norm else [linear, nn.ReLU()]
+    return nn.Sequential(*layers[: -2 if layer_norm else -1])
 
 
 class TwinQ(nn.Module):
     """Two independent critics Q_1, Q_2: (B, O), (B, A) -> (2, B)."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, layer_norm: bool = False):
         super().__init__()
         self.normalize = Normalize(obs_dim)
-        self.q1, self.q2 = mlp(obs_dim + action_dim, 256, 256, 1), mlp(obs_dim + action_dim, 256, 256, 1)
+        self.q1, self.q2 = (mlp(obs_dim + action_dim, 256, 256, 1, layer_norm=layer_norm) for _ in range(2))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([self.normalize(obs), action], -1)
@@ -153,9 +155,9 @@ class TwinQ(nn.Module):
 class Value(nn.Module):
     """V: (B, O) -> (B,)."""
 
-    def __init__(self, obs_dim: int):
+    def __init__(self, obs_dim: int, layer_norm: bool = False):
         super().__init__()
-        self.normalize, self.net = Normalize(obs_dim), mlp(obs_dim, 256, 256, 1)
+        self.normalize, self.net = Normalize(obs_dim), mlp(obs_dim, 256, 256, 1, layer_norm=layer_norm)
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.net(self.normalize(obs)).squeeze(-1)
@@ -183,9 +185,9 @@ class GaussianPolicy(nn.Module):
 class Critic(nn.Module):
     """Q, its slow copy Q', and V."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, layer_norm: bool = False):
         super().__init__()
-        self.q, self.v = TwinQ(obs_dim, action_dim), Value(obs_dim)
+        self.q, self.v = TwinQ(obs_dim, action_dim, layer_norm), Value(obs_dim, layer_norm)
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
 
 
@@ -204,7 +206,7 @@ def critic_loss(critic: Critic, batch: datasets.Batch, args: Args) -> tuple[Tens
     and its done is 1 where the task ended, not where time ran out."""
     with torch.no_grad():
         q_prime = critic.target_q(batch.obs, batch.action).amin(0)  # (B,)
-        # differs from IQL's and IDQL's code, which step V first: here V is not stepped yet, as in GMPO's code
+        # differs from IQL's and IDQL's code, which step V first: here one step serves both, as in GMPO's code
         td_target = batch.reward + args.discount * (1 - batch.done) * critic.v(batch.next_obs)  # (B,)
     v, q = critic.v(batch.obs), critic.q(batch.obs, batch.action)  # (B,), (2, B)
     v_loss = f(q_prime - v, args).mean()  # Eq. (1)
@@ -223,7 +225,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 @torch.no_grad()
 def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
-    # differs from IQL, which weighs by Q' - V: here it is Q - V, as in the reference code
+    # differs from IQL, whose policy weighs by Q' - V (so does iql_critic.py's): here it is Q - V, as in GMPO's code
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
@@ -297,7 +299,7 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 @torch.no_grad()
 def evaluate(actor: Callable, critic: Critic, policy: GaussianPolicy, run: runs.Run, args: Args) -> dict:
     """The scores of `actor`, (B, O) -> (B, A), over args.eval_episodes episodes. On the bandit: the data's actions,
-    drawn again by the weights of Eq. (11), against the closed form, and a picture with the Gaussian beside them."""
+    drawn anew by the weights of Eq. (11), are scored instead: a Gaussian, in the picture alone, must fail there."""
     with torch.random.fork_rng():  # training goes on as if there had been no evaluation
         torch.manual_seed(args.seed + run.step)  # the step that `train` is at
         if args.env != "bandit":
@@ -317,15 +319,14 @@ def cosine(step: int, steps: int) -> float:
 
 def train(args: Args) -> dict:
     """The whole run; returns what result.json holds. Raises UserError for bad input, TrainingError at NaN or inf."""
-    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards as in IQL: locomotion's scaled, antmaze's - 1
+    args, data = arguments.prepare(args, SETTINGS, NAME)  # rewards as in IQL: scaled in locomotion, less 1 in antmaze
     torch.manual_seed(args.seed)
-    critic = Critic(data.obs_dim, data.action_dim).to(args.device)
+    critic = Critic(data.obs_dim, data.action_dim, args.layer_norm).to(args.device)
     policy = GaussianPolicy(data.obs_dim, data.action_dim, args.dropout).to(args.device)
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, policy)
 
-    # capturable is for --cudagraph, where a learning rate that changes has to be a tensor
-    adam = dict(fused=True, capturable=args.cudagraph)
+    adam = dict(fused=True, capturable=args.cudagraph)  # with --cudagraph a learning rate that changes is a tensor
     critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)
     policy_lr = torch.tensor(args.policy_lr, device=args.device)
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=policy_lr, **adam)
@@ -347,7 +348,7 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # a graph is recorded when first called, so after `restore` below, which replaces tensors
+    if args.cudagraph:  # recorded in the loop's first steps: `restore` below has replaced tensors by then
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     total = max(args.critic_steps, args.policy_steps)  # the two are trained side by side, in one phase
     run = runs.Run(  # saves and restores what it is given by name

@@ -85,7 +85,6 @@ FILES += ("curves.png", "bandit.png", "maze.png")
 
 def main(algorithm: str, train: Callable, args_type: type, settings: dict) -> None:
     """Read the command line and train. Exit codes: 2 the user's mistake, 1 a failure, 130 Ctrl-C, 143 SIGTERM."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     try:
         train(read_command_line(algorithm, args_type, settings))
         return

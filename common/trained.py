@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from common import UserError
 
 FORMAT = 2  # of config.json and checkpoint.pt
-CRITIC = ("env", "critic_loss", "expectile", "linex_alpha", "discount", "reward_scale")  # what a critic's values mean
+# what a critic's values mean
+CRITIC = ("env", "critic_loss", "expectile", "linex_alpha", "linex_max", "discount", "reward_scale", "layer_norm")
 
 
 def read_config(folder: Path) -> dict | None:

@@ -203,6 +203,22 @@ def test_the_networks_are_iqls(algorithm):
 
 
 @each_file
+def test_layer_norm_bounds_the_values_far_from_the_data(algorithm):
+    plain, normed = algorithm.Critic(OBS, ACT), algorithm.Critic(OBS, ACT, layer_norm=True)
+    for net in (normed.q.q1, normed.q.q2, normed.target_q.q1, normed.v.net):
+        assert kinds(net) == ["Linear", "LayerNorm", "ReLU", "Linear", "LayerNorm", "ReLU", "Linear"]
+    obs, action = torch.randn(50, OBS), torch.randn(50, ACT)
+    grown = {}
+    for name, critic in (("plain", plain), ("normed", normed)):
+        near, far = (critic.q(obs * c, action * c).abs().mean() for c in (1e3, 1e6))
+        grown[name] = far / near
+    # |Q| <= |w| |h| + |b|, where LayerNorm makes |h| at most the root of its 256 units
+    last = normed.q.q1[-1]
+    assert normed.q(obs * 1e6, action * 1e6)[0].abs().max() <= 16 * last.weight.norm() + last.bias.abs() + 1e-3
+    assert grown["plain"] > 900 and 0.9 < grown["normed"] < 1.1
+
+
+@each_file
 def test_the_twins_are_two_separate_networks(algorithm):
     critic, batch = make_critic(algorithm), make_batch()
     q, x = critic.q(batch.obs, batch.action), torch.cat([batch.obs, batch.action], -1)
