@@ -100,7 +100,7 @@ class Args(RunArgs):
 # differs from the paper: on data that are not D4RL's the net is a plain MLP, an eleventh of the size of the paper's
 OURS = dict(
     behaviour_lr=1e-3, policy_lr=3e-4, batch_size=256, policy_batch_size=256, normalize_obs=True, network="mlp",
-    eval_every=100,
+    layer_norm=True, eval_every=100,
 )  # fmt: skip
 
 # An argument that is None takes its value from the dataset's entry or, where that has none, from "*". The entry is the
@@ -131,10 +131,11 @@ SETTINGS = {
     "antmaze": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
     # Ours: budgets of minutes, chosen by trying.
     "halfcheetah-demo": OURS | dict(critic_steps=15_000, behaviour_steps=10_000, policy_steps=400, policy_lr=1e-4,
-                                    policy_batch_size=64, beta=2.0),
+                                    policy_batch_size=64, layer_norm=False, beta=2.0),
     "bandit": OURS | dict(critic_lr=1e-3, critic_steps=1_500, behaviour_steps=8_000, behaviour_lr=3e-3, batch_size=128,
-                          policy_steps=200, beta=2.0, normalize_obs=False, eval_every=50),
-    "maze2d-remade": OURS | dict(critic_steps=100_000, behaviour_steps=50_000, policy_steps=300, beta=10.0),
+                          layer_norm=False, policy_steps=200, beta=2.0, normalize_obs=False, eval_every=50),
+    "maze2d-remade": OURS | dict(
+        critic_steps=100_000, expectile=0.9, behaviour_steps=50_000, policy_steps=300, beta=10.0),
     "remade": OURS | dict(critic_steps=200_000, behaviour_steps=100_000, policy_steps=1_000, beta=1.0),
     "own data": OURS | dict(
         critic_steps=100_000, behaviour_steps=100_000, behaviour_lr=3e-4, policy_steps=1_000, policy_lr=1e-4, beta=0.3,

@@ -102,7 +102,7 @@ class Args(RunArgs):
 
 
 # differs from the paper: on data that are not D4RL's the net is a plain MLP, an eleventh of the size of the paper's
-OURS = dict(batch_size=256, policy_lr=1e-3, lr_decay=True, normalize_obs=True, network="mlp")
+OURS = dict(batch_size=256, policy_lr=1e-3, lr_decay=True, normalize_obs=True, network="mlp", layer_norm=True)
 
 # An argument that is None takes its value from the dataset's entry or, where that has none, from "*". The entry is the
 # first there is of: full name (AntMaze: as -v0); "own data": a file; "maze2d-remade", "remade": data made here; family.
@@ -131,10 +131,11 @@ SETTINGS = {
     **{name: dict(beta=0.5) for name in ("kitchen", "pen", "hammer", "door", "relocate")},  # IQL's: the paper has none
     "antmaze": dict(expectile=0.9, beta=10.0),
     # Ours: budgets of minutes, chosen by trying.
-    "halfcheetah-demo": OURS | dict(critic_steps=15_000, policy_steps=10_000, beta=1.0, eval_every=2_500),
+    "halfcheetah-demo": OURS | dict(
+        critic_steps=15_000, layer_norm=False, policy_steps=10_000, beta=1.0, eval_every=2_500),
     "bandit": OURS | dict(critic_lr=1e-3, critic_steps=1_500, policy_steps=8_000, batch_size=128, policy_lr=6e-3,
-                          beta=2.0, normalize_obs=False, sampler_steps=32, eval_every=2_000),
-    "maze2d-remade": OURS | dict(critic_steps=100_000, policy_steps=50_000, beta=10.0, eval_every=10_000),
+        layer_norm=False, beta=2.0, normalize_obs=False, sampler_steps=32, eval_every=2_000),
+    "maze2d-remade": OURS | dict(critic_steps=100_000, expectile=0.9, policy_steps=50_000, beta=10.0, eval_every=5_000),
     "remade": OURS | dict(critic_steps=200_000, policy_steps=100_000, beta=1.0, eval_every=20_000),
     "own data": OURS | dict(critic_steps=100_000, policy_steps=100_000, policy_lr=3e-4, beta=0.3, eval_every=10_000),
 }  # fmt: skip

@@ -97,7 +97,7 @@ class Args(RunArgs):
     """the same of the diffusion model"""
 
 
-OURS = dict(policy_batch_size=256, normalize_obs=True, eval_every=10_000)  # for data that are not D4RL's
+OURS = dict(policy_batch_size=256, normalize_obs=True, layer_norm=True, eval_every=10_000)  # for data not D4RL's
 
 # An argument that is None takes its value from the dataset's entry or, where that has none, from "*". The entry is the
 # first there is of: full name (AntMaze: as -v0); "own data": a file; "maze2d-remade", "remade": data made here; family.
@@ -110,12 +110,14 @@ SETTINGS = {
     ),
     "antmaze": dict(expectile=0.9, critic_steps=1_000_000, policy_steps=2_000_000),
     # Ours: budgets of minutes, chosen by trying.
-    "halfcheetah-demo": OURS | dict(critic_steps=15_000, policy_steps=10_000, candidates=32, eval_every=2_500),
+    "halfcheetah-demo": OURS | dict(
+        critic_steps=15_000, layer_norm=False, policy_steps=10_000, candidates=32, eval_every=2_500),
     "bandit": OURS | dict(  # T = 20, since 5 steps blur narrow modes: 0.046 in total variation even with an exact net
         critic_lr=1e-3, critic_steps=1_500, policy_steps=2_500, policy_lr=1e-3, ema_rate=0.01, diffusion_steps=20,
-        extraction="implicit", candidates=16, normalize_obs=False, eval_every=5_000,
+        layer_norm=False, extraction="implicit", candidates=16, normalize_obs=False, eval_every=5_000,
     ),
-    "maze2d-remade": OURS | dict(critic_steps=100_000, policy_steps=30_000, candidates=32, ema_rate=0.005),
+    "maze2d-remade": OURS | dict(
+        critic_steps=100_000, expectile=0.9, policy_steps=30_000, candidates=32, ema_rate=0.005),
     "remade": OURS | dict(critic_steps=200_000, policy_steps=50_000, candidates=32, ema_rate=0.005),
     "own data": OURS | dict(critic_steps=100_000, policy_steps=100_000, extraction="implicit", candidates=4),
 }  # fmt: skip

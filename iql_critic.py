@@ -84,6 +84,7 @@ class Args(RunArgs):
     """transitions a gradient step"""
 
 
+OURS = dict(normalize_obs=True, layer_norm=True, eval_every=20_000)  # for data that are not D4RL's
 # An argument that is None takes its value from the dataset's entry or, where that has none, from "*". The entry is the
 # first there is of: full name (AntMaze: as -v0); "own data": a file; "maze2d-remade", "remade": data made here; family.
 SETTINGS = {
@@ -96,9 +97,9 @@ SETTINGS = {
     # Ours: budgets of minutes, chosen by trying.
     "halfcheetah-demo": dict(critic_steps=15_000, policy_steps=15_000, beta=1.0, normalize_obs=True, eval_every=5_000),
     "bandit": dict(critic_lr=1e-3, critic_steps=1_500, policy_steps=1_500, policy_lr=1e-3, beta=2.0, eval_every=500),
-    "maze2d-remade": dict(critic_steps=100_000, policy_steps=100_000, beta=10.0, normalize_obs=True, eval_every=20_000),
-    "remade": dict(critic_steps=200_000, policy_steps=200_000, normalize_obs=True, eval_every=20_000),
-    "own data": dict(critic_steps=100_000, policy_steps=100_000, beta=0.3, normalize_obs=True, eval_every=10_000),
+    "maze2d-remade": OURS | dict(critic_steps=100_000, policy_steps=100_000, expectile=0.9, beta=10.0),
+    "remade": OURS | dict(critic_steps=200_000, policy_steps=200_000),
+    "own data": OURS | dict(critic_steps=100_000, policy_steps=100_000, beta=0.3),
 }  # fmt: skip
 
 
