@@ -50,7 +50,7 @@ from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 NAME = "gmpg"
 
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments, beside those of RunArgs (--env, ...). Amount, Steps: >= 0; Count: >= 1; Share: [0, 1]; Inside: (0, 1)
+# 1. Arguments beside RunArgs'; None: see SETTINGS. Amount, Steps: >= 0; Count: >= 1; Share: [0, 1]; Inside: (0, 1)
 
 
 @dataclass
@@ -103,8 +103,8 @@ OURS = dict(
     layer_norm=True, eval_every=100,
 )  # fmt: skip
 
-# An argument that is None takes its value from the dataset's entry or, where that has none, from "*". The entry is the
-# first there is of: full name (AntMaze: as -v0); "own data": a file; "maze2d-remade", "remade": data made here; family.
+# An argument that is None takes its value from the dataset's entry or, if that has none, from "*". The entry is the
+# first of: its name; "own data" for a file; "maze2d-remade", then "remade" for names in -remade; family ("antmaze").
 SETTINGS = {
     # The reference code's, but policy_steps, policy_batch_size, sampler_steps are ours: its up to 24 500 updates of
     # 40 960 states and 999 steps take months. Its KL is divided by A ln 2, so that beta here is its beta times A ln 2.
@@ -128,7 +128,7 @@ SETTINGS = {
                                 ("medium-diverse", 5e-6), ("large-play", 5e-6), ("large-diverse", 5e-6))
     },
     **{name: dict(beta=0.5) for name in ("kitchen", "pen", "hammer", "door", "relocate")},  # IQL's; the paper has none
-    "antmaze": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),
+    "antmaze": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),  # -v1 and -v2: as their -v0
     # Ours: budgets of minutes, chosen by trying.
     "halfcheetah-demo": OURS | dict(critic_steps=15_000, behaviour_steps=10_000, policy_steps=400, policy_lr=1e-4,
                                     policy_batch_size=64, layer_norm=False, beta=2.0),
@@ -161,7 +161,7 @@ class Normalize(nn.Module):
 
 def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
     """Let every Normalize in these networks standardise by the mean and std of `obs`, all the data's."""
-    for module in (module for network in networks for module in network.modules()):
+    for module in nn.ModuleList(networks).modules():
         if isinstance(module, Normalize):
             module.mean.copy_(obs.mean(0))
             module.std.copy_(obs.std(0, unbiased=False).clamp(min=1e-3))
@@ -467,9 +467,9 @@ def train(args: Args) -> dict:
     if args.critic:
         trained.load_critic(critic, args)  # refused if its f, gamma or data differ; `prepare` made critic_steps 0
 
-    adam = dict(fused=True, capturable=args.cudagraph)  # with --cudagraph a learning rate that changes is a tensor
+    adam = dict(fused=True, capturable=args.cudagraph)
     critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)
-    behaviour_lr = torch.tensor(args.behaviour_lr, device=args.device)
+    behaviour_lr = torch.tensor(args.behaviour_lr, device=args.device)  # a tensor: a CUDA graph would freeze a number
     behaviour_optimizer = torch.optim.Adam(behaviour.parameters(), lr=behaviour_lr, **adam)
     behaviour_schedule = LambdaLR(behaviour_optimizer, partial(cosine, steps=args.behaviour_steps))
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.policy_lr, **adam)
@@ -503,7 +503,7 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # recorded in the loop's first steps: `restore` below has replaced tensors by then
+    if args.cudagraph:  # recorded in the loop's first steps, thus after `restore`, which replaces tensors
         critic_update, behaviour_update = runs.captured(critic_update), runs.captured(behaviour_update)
         policy_update = runs.captured(policy_update)
     run = runs.Run(  # saves and restores what it is given by name

@@ -52,7 +52,7 @@ from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 NAME = "gmpo"
 
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments, beside those of RunArgs (--env, ...). Amount, Steps: >= 0; Count: >= 1; Share: [0, 1]; Inside: (0, 1)
+# 1. Arguments beside RunArgs'; None: see SETTINGS. Amount, Steps: >= 0; Count: >= 1; Share: [0, 1]; Inside: (0, 1)
 
 
 @dataclass
@@ -104,8 +104,8 @@ class Args(RunArgs):
 # differs from the paper: on data that are not D4RL's the net is a plain MLP, an eleventh of the size of the paper's
 OURS = dict(batch_size=256, policy_lr=1e-3, lr_decay=True, normalize_obs=True, network="mlp", layer_norm=True)
 
-# An argument that is None takes its value from the dataset's entry or, where that has none, from "*". The entry is the
-# first there is of: full name (AntMaze: as -v0); "own data": a file; "maze2d-remade", "remade": data made here; family.
+# An argument that is None takes its value from the dataset's entry or, if that has none, from "*". The entry is the
+# first of: its name; "own data" for a file; "maze2d-remade", then "remade" for names in -remade; family ("antmaze").
 SETTINGS = {
     # The reference code's, its epochs turned into steps at its batch of 4096; sampler_steps and eval_every are ours.
     "*": dict(
@@ -129,7 +129,7 @@ SETTINGS = {
                            ("large-play", 16.0), ("large-diverse", 4.0))
     },
     **{name: dict(beta=0.5) for name in ("kitchen", "pen", "hammer", "door", "relocate")},  # IQL's: the paper has none
-    "antmaze": dict(expectile=0.9, beta=10.0),
+    "antmaze": dict(expectile=0.9, beta=10.0),  # -v1 and -v2: as their -v0
     # Ours: budgets of minutes, chosen by trying.
     "halfcheetah-demo": OURS | dict(
         critic_steps=15_000, layer_norm=False, policy_steps=10_000, beta=1.0, eval_every=2_500),
@@ -159,7 +159,7 @@ class Normalize(nn.Module):
 
 def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
     """Let every Normalize in these networks standardise by the mean and std of `obs`, all the data's."""
-    for module in (module for network in networks for module in network.modules()):
+    for module in nn.ModuleList(networks).modules():
         if isinstance(module, Normalize):
             module.mean.copy_(obs.mean(0))
             module.std.copy_(obs.std(0, unbiased=False).clamp(min=1e-3))
@@ -377,7 +377,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 @torch.no_grad()
 def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
-    # differs from IQL, whose policy weighs by Q' - V (so does iql_critic.py's): here it is Q - V, as in GMPO's code
+    # differs from IQL's weights, which have Q' - V (iql_critic.py's policy_loss): Q - V is GMPO's, and u of Eq. (11)
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
@@ -480,9 +480,9 @@ def train(args: Args) -> dict:
         trained.load_critic(critic, args)  # refused if its f, gamma or data differ; `prepare` made critic_steps 0
     behaviour = load_net(args.behaviour, args.device) if args.behaviour else None  # the model of mu of Eq. (9)
 
-    adam = dict(fused=True, capturable=args.cudagraph)  # with --cudagraph a learning rate that changes is a tensor
+    adam = dict(fused=True, capturable=args.cudagraph)
     critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)
-    policy_lr = torch.tensor(args.policy_lr, device=args.device)
+    policy_lr = torch.tensor(args.policy_lr, device=args.device)  # a tensor: a CUDA graph would freeze a number
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=policy_lr, **adam)
     policy_schedule = LambdaLR(policy_optimizer, partial(cosine, steps=args.policy_steps))
     compiled = torch.compile if args.compile else (lambda fn: fn)
@@ -509,7 +509,7 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # recorded in the loop's first steps: `restore` below has replaced tensors by then
+    if args.cudagraph:  # recorded in the loop's first steps, thus after `restore`, which replaces tensors
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     run = runs.Run(  # saves and restores what it is given by name
         args, NAME, data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,

@@ -48,7 +48,7 @@ from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 NAME = "idql"
 
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments, beside those of RunArgs (--env, ...). Amount, Steps: >= 0; Count: >= 1; Share: [0, 1]; Inside: (0, 1)
+# 1. Arguments beside RunArgs'; None: see SETTINGS. Amount, Steps: >= 0; Count: >= 1; Share: [0, 1]; Inside: (0, 1)
 
 
 @dataclass
@@ -99,8 +99,8 @@ class Args(RunArgs):
 
 OURS = dict(policy_batch_size=256, normalize_obs=True, layer_norm=True, eval_every=10_000)  # for data not D4RL's
 
-# An argument that is None takes its value from the dataset's entry or, where that has none, from "*". The entry is the
-# first there is of: full name (AntMaze: as -v0); "own data": a file; "maze2d-remade", "remade": data made here; family.
+# An argument that is None takes its value from the dataset's entry or, if that has none, from "*". The entry is the
+# first of: its name; "own data" for a file; "maze2d-remade", then "remade" for names in -remade; family ("antmaze").
 SETTINGS = {
     # The paper's text: two actor steps of 1024 for each of the critic's 256. The authors' last code has other settings.
     "*": dict(
@@ -141,7 +141,7 @@ class Normalize(nn.Module):
 
 def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
     """Let every Normalize in these networks standardise by the mean and std of `obs`, all the data's."""
-    for module in (module for network in networks for module in network.modules()):
+    for module in nn.ModuleList(networks).modules():
         if isinstance(module, Normalize):
             module.mean.copy_(obs.mean(0))
             module.std.copy_(obs.std(0, unbiased=False).clamp(min=1e-3))
@@ -230,7 +230,7 @@ class LNResNet(nn.Module):
 
 
 def betas(args: Args, device: str | torch.device = "cpu") -> Tensor:
-    """The (T,) beta_t of Eq. (15): 1 - exp(-(the integral of 0.1 + 9.9 u over u from t / T to (t + 1) / T))."""
+    """The (T,) beta_t of Eq. (15), the authors' "vp": 1 - exp(-(integral of 0.1 + 9.9 u from t / T to (t + 1) / T))."""
     steps = args.diffusion_steps
     t = torch.arange(steps, dtype=torch.float64, device=device)
     return (1 - torch.exp(-0.1 / steps - 9.9 * (t + 0.5) / steps**2)).float()
@@ -302,7 +302,7 @@ def implicit_weights(u: Tensor, args: Args, floor: float = 1e-3) -> Tensor:
     # differs from IDQL's code: its quantile weight is negative where Q < V, its exponential weight a constant
     if args.critic_loss == "quantile":
         return share / u.abs().clamp(min=floor)  # singular at u = 0
-    x = args.linex_alpha * u  # at u = 0 the quotient below is 0 / 0, and its limit 1
+    x = args.linex_alpha * u  # |f'| ~ |min(e^x, linex_max) - 1|; at u = 0 the quotient is 0 / 0, its limit 1
     return torch.where(x.abs() < 1e-6, 1.0, torch.expm1(x.clamp(max=math.log(args.linex_max))) / x)
 
 
@@ -406,9 +406,9 @@ def train(args: Args) -> dict:
         trained.load_critic(critic, args)  # refused if its f, gamma or data differ; `prepare` made critic_steps 0
     ema = copy.deepcopy(policy).requires_grad_(False).eval()  # the average of the weights, the net that acts
 
-    adam = dict(fused=True, capturable=args.cudagraph)  # with --cudagraph a learning rate that changes is a tensor
+    adam = dict(fused=True, capturable=args.cudagraph)
     critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)
-    policy_lr = torch.tensor(args.policy_lr, device=args.device)
+    policy_lr = torch.tensor(args.policy_lr, device=args.device)  # a tensor: a CUDA graph would freeze a number
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=policy_lr, **adam)
     policy_schedule = LambdaLR(policy_optimizer, partial(cosine, steps=args.policy_steps))
     compiled = torch.compile if args.compile else (lambda fn: fn)
@@ -430,7 +430,7 @@ def train(args: Args) -> dict:
         update_target(ema, policy, args.ema_rate)
         return metrics
 
-    if args.cudagraph:  # recorded in the loop's first steps: `restore` below has replaced tensors by then
+    if args.cudagraph:  # recorded in the loop's first steps, thus after `restore`, which replaces tensors
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     run = runs.Run(  # saves and restores what it is given by name
         args, NAME, data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,

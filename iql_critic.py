@@ -44,7 +44,7 @@ from common.arguments import Amount, Count, Inside, RunArgs, Share, Steps
 NAME = "iql_critic"
 
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments, beside those of RunArgs (--env, ...). Amount, Steps: >= 0; Count: >= 1; Share: [0, 1]; Inside: (0, 1)
+# 1. Arguments beside RunArgs'; None: see SETTINGS. Amount, Steps: >= 0; Count: >= 1; Share: [0, 1]; Inside: (0, 1)
 
 
 @dataclass
@@ -85,8 +85,8 @@ class Args(RunArgs):
 
 
 OURS = dict(normalize_obs=True, layer_norm=True, eval_every=20_000)  # for data that are not D4RL's
-# An argument that is None takes its value from the dataset's entry or, where that has none, from "*". The entry is the
-# first there is of: full name (AntMaze: as -v0); "own data": a file; "maze2d-remade", "remade": data made here; family.
+# An argument that is None takes its value from the dataset's entry or, if that has none, from "*". The entry is the
+# first of: its name; "own data" for a file; "maze2d-remade", then "remade" for names in -remade; family ("antmaze").
 SETTINGS = {
     "*": dict(  # IQL's own
         critic_lr=3e-4, critic_steps=1_000_000, policy_steps=1_000_000, policy_lr=3e-4, lr_decay=True,
@@ -121,7 +121,7 @@ class Normalize(nn.Module):
 
 def fit_normalizers(obs: Tensor, *networks: nn.Module) -> None:
     """Let every Normalize in these networks standardise by the mean and std of `obs`, all the data's."""
-    for module in (module for network in networks for module in network.modules()):
+    for module in nn.ModuleList(networks).modules():
         if isinstance(module, Normalize):
             module.mean.copy_(obs.mean(0))
             module.std.copy_(obs.std(0, unbiased=False).clamp(min=1e-3))
@@ -226,7 +226,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 @torch.no_grad()
 def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
-    # differs from IQL, whose policy weighs by Q' - V (so does iql_critic.py's): here it is Q - V, as in GMPO's code
+    # differs from IQL's weights, which have Q' - V (iql_critic.py's policy_loss): Q - V is GMPO's, and u of Eq. (11)
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
@@ -239,7 +239,7 @@ def implicit_weights(u: Tensor, args: Args, floor: float = 1e-3) -> Tensor:
     # differs from IDQL's code: its quantile weight is negative where Q < V, its exponential weight a constant
     if args.critic_loss == "quantile":
         return share / u.abs().clamp(min=floor)  # singular at u = 0
-    x = args.linex_alpha * u  # at u = 0 the quotient below is 0 / 0, and its limit 1
+    x = args.linex_alpha * u  # |f'| ~ |min(e^x, linex_max) - 1|; at u = 0 the quotient is 0 / 0, its limit 1
     return torch.where(x.abs() < 1e-6, 1.0, torch.expm1(x.clamp(max=math.log(args.linex_max))) / x)
 
 
@@ -299,8 +299,8 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 
 @torch.no_grad()
 def evaluate(actor: Callable, critic: Critic, policy: GaussianPolicy, run: runs.Run, args: Args) -> dict:
-    """The scores of `actor`, (B, O) -> (B, A), over args.eval_episodes episodes. On the bandit: the data's actions,
-    drawn anew by the weights of Eq. (11), are scored instead: a Gaussian, in the picture alone, must fail there."""
+    """The scores of `actor`, (B, O) -> (B, A), over args.eval_episodes episodes. On the bandit a Gaussian must fail: its
+    two best actions lie opposite. It is only drawn; scored are the data's actions, redrawn by Eq. (11)."""
     with torch.random.fork_rng():  # training goes on as if there had been no evaluation
         torch.manual_seed(args.seed + run.step)  # the step that `train` is at
         if args.env != "bandit":
@@ -327,9 +327,9 @@ def train(args: Args) -> dict:
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, policy)
 
-    adam = dict(fused=True, capturable=args.cudagraph)  # with --cudagraph a learning rate that changes is a tensor
+    adam = dict(fused=True, capturable=args.cudagraph)
     critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)
-    policy_lr = torch.tensor(args.policy_lr, device=args.device)
+    policy_lr = torch.tensor(args.policy_lr, device=args.device)  # a tensor: a CUDA graph would freeze a number
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=policy_lr, **adam)
     policy_schedule = LambdaLR(policy_optimizer, partial(cosine, steps=args.policy_steps))
     critic_loss_fn, policy_loss_fn = (torch.compile(fn) if args.compile else fn for fn in (critic_loss, policy_loss))
@@ -349,7 +349,7 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # recorded in the loop's first steps: `restore` below has replaced tensors by then
+    if args.cudagraph:  # recorded in the loop's first steps, thus after `restore`, which replaces tensors
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     total = max(args.critic_steps, args.policy_steps)  # the two are trained side by side, in one phase
     run = runs.Run(  # saves and restores what it is given by name

@@ -168,7 +168,7 @@ def do(job: Job, args: Args) -> None:
             raise TrainingError(f"{job.run} holds a run by another command than `{job.command}`; remove that folder")
         call(f"{command} --resume" if begun.exists() else command, log, args)
     scored = job.command if job.again else f"{job.command.split()[0]} --run-dir {job.run} --eval-only"
-    call(f"{scored} --eval-episodes {EPISODES}", log, args)
+    call(f"{scored} --eval-episodes {EPISODES} {args.flags}", log, args)
     gather(job, command, args)
 
 
@@ -179,7 +179,7 @@ def gather(job: Job, command: str, args: Args) -> None:
     curve = [(line["step"], tables.score(line)) for line in map(json.loads, lines) if "eval/return" in line]
     config, rounded = read("config"), lambda d: {k: round(v, 4) if isinstance(v, float) else v for k, v in d.items()}
     record = {
-        "command": f"python {command}",
+        "command": f"python {command if job.again else config['command']}",
         "result": rounded(read("result")),
         "eval": rounded(read("eval")),
         "curve": [] if job.again else [[step, round(value, 2)] for step, value in curve],

@@ -407,12 +407,6 @@ def test_no_memory_is_a_sentence_with_code_1():
     assert code == 1 and err.count("\n") == 1 and "memory" in err
 
 
-def test_no_standard_output_does_no_harm():  # as under a daemon
-    words = [sys.executable, ROOT / "gmpo.py", "--env", "bandit", *tiny_flags("gmpo")]
-    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *words], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and Path("runs/bandit/gmpo/seed0/result.json").exists()
-
-
 # ---------------------------------------------------------------- D4RL's files
 
 
