@@ -377,7 +377,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 @torch.no_grad()
 def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
-    # differs from IQL's weights, which have Q' - V (iql_critic.py's policy_loss): Q - V is GMPO's, and u of Eq. (11)
+    # differs from IQL's weights, which have Q' - V (iql_critic.py's policy_loss): Q - V is GMPO's and IDQL's
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 

@@ -226,7 +226,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 @torch.no_grad()
 def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
-    # differs from IQL's weights, which have Q' - V (iql_critic.py's policy_loss): Q - V is GMPO's, and u of Eq. (11)
+    # differs from IQL's weights, which have Q' - V (iql_critic.py's policy_loss): Q - V is GMPO's and IDQL's
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
@@ -299,8 +299,8 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 
 @torch.no_grad()
 def evaluate(actor: Callable, critic: Critic, policy: GaussianPolicy, run: runs.Run, args: Args) -> dict:
-    """The scores of `actor`, (B, O) -> (B, A), over args.eval_episodes episodes. On the bandit a Gaussian must fail: its
-    two best actions lie opposite. It is only drawn; scored are the data's actions, redrawn by Eq. (11)."""
+    """The scores of `actor`, (B, O) -> (B, A), over args.eval_episodes episodes. On the bandit a Gaussian must fail:
+    its two best actions lie opposite. It is only drawn; scored are the data's actions, redrawn by Eq. (11)."""
     with torch.random.fork_rng():  # training goes on as if there had been no evaluation
         torch.manual_seed(args.seed + run.step)  # the step that `train` is at
         if args.env != "bandit":
