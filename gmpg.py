@@ -129,7 +129,7 @@ SETTINGS = {
     },
     **{name: dict(beta=0.5) for name in ("kitchen", "pen", "hammer", "door", "relocate")},  # IQL's; the paper has none
     "antmaze": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),  # -v1 and -v2: as their -v0
-    # Ours: budgets of minutes, chosen by trying.
+    # Ours: budgets of minutes, chosen by trying. "-remade": data made here by D4RL's recipe.
     "halfcheetah-demo": OURS | dict(critic_steps=15_000, behaviour_steps=10_000, policy_steps=400, policy_lr=1e-4,
                                     policy_batch_size=64, layer_norm=False, beta=2.0),
     "bandit": OURS | dict(critic_lr=1e-3, critic_steps=1_500, behaviour_steps=8_000, behaviour_lr=3e-3, batch_size=128,
@@ -503,7 +503,7 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # recorded in the loop's first steps, thus after `restore`, which replaces tensors
+    if args.cudagraph:  # recorded in the loop, after run.restore() below has replaced the optimizers' tensors
         critic_update, behaviour_update = runs.captured(critic_update), runs.captured(behaviour_update)
         policy_update = runs.captured(policy_update)
     run = runs.Run(  # saves and restores what it is given by name

@@ -130,7 +130,7 @@ SETTINGS = {
     },
     **{name: dict(beta=0.5) for name in ("kitchen", "pen", "hammer", "door", "relocate")},  # IQL's: the paper has none
     "antmaze": dict(expectile=0.9, beta=10.0),  # -v1 and -v2: as their -v0
-    # Ours: budgets of minutes, chosen by trying.
+    # Ours: budgets of minutes, chosen by trying. "-remade": data made here by D4RL's recipe.
     "halfcheetah-demo": OURS | dict(
         critic_steps=15_000, layer_norm=False, policy_steps=10_000, beta=1.0, eval_every=2_500),
     "bandit": OURS | dict(critic_lr=1e-3, critic_steps=1_500, policy_steps=8_000, batch_size=128, policy_lr=6e-3,
@@ -377,7 +377,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 @torch.no_grad()
 def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
-    # differs from IQL's weights, which have Q' - V (iql_critic.py's policy_loss): Q - V is GMPO's and IDQL's
+    # Q - V, as in GMPO's and IDQL's code; IQL's policy (policy_loss in iql_critic.py) has Q' - V
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
@@ -509,7 +509,7 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # recorded in the loop's first steps, thus after `restore`, which replaces tensors
+    if args.cudagraph:  # recorded in the loop, after run.restore() below has replaced the optimizers' tensors
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     run = runs.Run(  # saves and restores what it is given by name
         args, NAME, data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,

@@ -26,7 +26,7 @@ down when it acts: sample N actions of a model of mu, then choose among them by 
     (18) the one with the largest min_i Q'_i(s, a)           what the paper reports
 
 B is the batch, O the size of an observation, A of an action, N the candidates. Equations have the same number in every
-file. This file can be read alone; `diff gmpo.py idql.py` shows the weights move from the training to the acting.
+file. `diff gmpo.py idql.py` shows the weights move from training to acting. GMPO and GMPG: arXiv:2412.01245, gmpo.py.
 """
 
 import copy
@@ -68,7 +68,7 @@ class Args(RunArgs):
     linex_alpha: Amount = 1.0
     """alpha of the exponential loss, f(u) = exp(alpha u) - alpha u"""
     linex_max: Count = 6
-    """where exp(alpha u) reaches this value, a straight line takes its place, against overflow"""
+    """where exp(alpha u) reaches this value, a straight line takes its place, so that no outlier rules the gradient"""
     discount: Share = 0.99
     """gamma"""
     target_rate: Share = 0.005
@@ -109,10 +109,10 @@ SETTINGS = {
         beta=1.0, normalize_obs=False, layer_norm=False, eval_every=250_000,
     ),
     "antmaze": dict(expectile=0.9, critic_steps=1_000_000, policy_steps=2_000_000),
-    # Ours: budgets of minutes, chosen by trying.
+    # Ours: budgets of minutes, chosen by trying. "-remade": data made here by D4RL's recipe.
     "halfcheetah-demo": OURS | dict(
         critic_steps=15_000, layer_norm=False, policy_steps=10_000, candidates=32, eval_every=2_500),
-    "bandit": OURS | dict(  # T = 20, since 5 steps blur narrow modes: 0.046 in total variation even with an exact net
+    "bandit": OURS | dict(  # T = 20: 5 steps blur the bandit's narrow modes, even with an exact net
         critic_lr=1e-3, critic_steps=1_500, policy_steps=2_500, policy_lr=1e-3, ema_rate=0.01, diffusion_steps=20,
         layer_norm=False, extraction="implicit", candidates=16, normalize_obs=False, eval_every=5_000,
     ),
@@ -231,9 +231,8 @@ class LNResNet(nn.Module):
 
 def betas(args: Args, device: str | torch.device = "cpu") -> Tensor:
     """The (T,) beta_t of Eq. (15), the authors' "vp": 1 - exp(-(integral of 0.1 + 9.9 u from t / T to (t + 1) / T))."""
-    steps = args.diffusion_steps
-    t = torch.arange(steps, dtype=torch.float64, device=device)
-    return (1 - torch.exp(-0.1 / steps - 9.9 * (t + 0.5) / steps**2)).float()
+    u = torch.arange(args.diffusion_steps + 1, dtype=torch.float64, device=device) / args.diffusion_steps
+    return (1 - torch.exp(-(0.1 * u + 9.9 / 2 * u**2).diff())).float()
 
 
 def sample(net: nn.Module, obs: Tensor, args: Args) -> Tensor:
@@ -302,7 +301,7 @@ def implicit_weights(u: Tensor, args: Args, floor: float = 1e-3) -> Tensor:
     # differs from IDQL's code: its quantile weight is negative where Q < V, its exponential weight a constant
     if args.critic_loss == "quantile":
         return share / u.abs().clamp(min=floor)  # singular at u = 0
-    x = args.linex_alpha * u  # |f'| ~ |min(e^x, linex_max) - 1|; at u = 0 the quotient is 0 / 0, its limit 1
+    x = args.linex_alpha * u  # |f'| / |u| is alpha^2 (min(e^x, linex_max) - 1) / x; its limit at x = 0 is alpha^2
     return torch.where(x.abs() < 1e-6, 1.0, torch.expm1(x.clamp(max=math.log(args.linex_max))) / x)
 
 
@@ -377,7 +376,7 @@ def evaluate(actor: Callable, run: runs.Run, args: Args) -> dict:
 
 
 def evaluate_bandit(actor: Callable, run: runs.Run, args: Args) -> dict:
-    """The policy's actions against the closed form of the extraction; argmax: the best of N draws of the modes."""
+    """How often each mode is taken, against what the extraction has exactly: argmax with N draws, the others with endless."""
     target = torch.softmax(args.beta * bandit.REWARDS, -1) if args.extraction == "softmax" else implicit_target(args)
     if args.extraction == "argmax":
         rank = bandit.REWARDS.argsort().argsort()
@@ -430,7 +429,7 @@ def train(args: Args) -> dict:
         update_target(ema, policy, args.ema_rate)
         return metrics
 
-    if args.cudagraph:  # recorded in the loop's first steps, thus after `restore`, which replaces tensors
+    if args.cudagraph:  # recorded in the loop, after run.restore() below has replaced the optimizers' tensors
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     run = runs.Run(  # saves and restores what it is given by name
         args, NAME, data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,

@@ -3,7 +3,7 @@
     python iql_critic.py                                         halfcheetah-demo, made on the spot, minutes on a laptop
     python iql_critic.py --env bandit                            a problem with a known answer, seconds
     python iql_critic.py --env halfcheetah-medium-expert-v2      D4RL's data, physics and score
-    python gmpo.py --critic runs/halfcheetah-demo/iql_critic/seed0   the other files take this critic
+    python gmpo.py --critic runs/halfcheetah-demo/iql_critic/seed0   GMPO, GMPG, IDQL take this critic
 
 Papers: Kostrikov et al., "Offline Reinforcement Learning with Implicit Q-Learning", arXiv:2110.06169 (IQL: the file's
 defaults); Hansen-Estruch et al., "IDQL: ...", arXiv:2304.10573 (any convex f).
@@ -19,7 +19,7 @@ fitted to Q at the data's actions, by an asymmetric loss, so that it becomes the
   policy
     (7)  w(s, a) = min(exp(beta (min_i Q_i(s, a) - V(s))), weight_max)       with Q' for Q in this file, as in IQL
     (10) L = -E_D[ w(s, a) log N(a; tanh(m(s)), std) ]       IQL's actor: advantage-weighted regression of a Gaussian
-  and the policy that V is the value of; no network holds it (IDQL)
+  implied: the policy whose value V is (IDQL); no network holds it, only the bandit's evaluation draws from it
     (11) pi(a|s) = mu(a|s) |f'(u)| / |u| / Z(s), u = min_i Q_i(s, a) - V(s)
 
 B is the batch, O the size of an observation, A of an action. Equations have the same number in every file.
@@ -62,7 +62,7 @@ class Args(RunArgs):
     linex_alpha: Amount = 1.0
     """alpha of the exponential loss, f(u) = exp(alpha u) - alpha u"""
     linex_max: Count = 6
-    """where exp(alpha u) reaches this value, a straight line takes its place, against overflow"""
+    """where exp(alpha u) reaches this value, a straight line takes its place, so that no outlier rules the gradient"""
     discount: Share = 0.99
     """gamma"""
     target_rate: Share = 0.005
@@ -84,7 +84,7 @@ class Args(RunArgs):
     """transitions a gradient step"""
 
 
-OURS = dict(normalize_obs=True, layer_norm=True, eval_every=20_000)  # for data that are not D4RL's
+OURS = dict(normalize_obs=True, layer_norm=True, eval_every=20_000)  # of the last three entries
 # An argument that is None takes its value from the dataset's entry or, if that has none, from "*". The entry is the
 # first of: its name; "own data" for a file; "maze2d-remade", then "remade" for names in -remade; family ("antmaze").
 SETTINGS = {
@@ -94,7 +94,7 @@ SETTINGS = {
     ),
     "antmaze": dict(expectile=0.9, beta=10.0),
     **{family: dict(beta=0.5, dropout=0.1) for family in ("kitchen", "pen", "hammer", "door", "relocate")},
-    # Ours: budgets of minutes, chosen by trying.
+    # Ours: budgets of minutes, chosen by trying. "-remade": data made here by D4RL's recipe.
     "halfcheetah-demo": dict(critic_steps=15_000, policy_steps=15_000, beta=1.0, normalize_obs=True, eval_every=5_000),
     "bandit": dict(critic_lr=1e-3, critic_steps=1_500, policy_steps=1_500, policy_lr=1e-3, beta=2.0, eval_every=500),
     "maze2d-remade": OURS | dict(critic_steps=100_000, policy_steps=100_000, expectile=0.9, beta=10.0),
@@ -226,7 +226,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 @torch.no_grad()
 def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
-    # differs from IQL's weights, which have Q' - V (iql_critic.py's policy_loss): Q - V is GMPO's and IDQL's
+    # Q - V, as in GMPO's and IDQL's code; IQL's policy (policy_loss in iql_critic.py) has Q' - V
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
@@ -239,7 +239,7 @@ def implicit_weights(u: Tensor, args: Args, floor: float = 1e-3) -> Tensor:
     # differs from IDQL's code: its quantile weight is negative where Q < V, its exponential weight a constant
     if args.critic_loss == "quantile":
         return share / u.abs().clamp(min=floor)  # singular at u = 0
-    x = args.linex_alpha * u  # |f'| ~ |min(e^x, linex_max) - 1|; at u = 0 the quotient is 0 / 0, its limit 1
+    x = args.linex_alpha * u  # |f'| / |u| is alpha^2 (min(e^x, linex_max) - 1) / x; its limit at x = 0 is alpha^2
     return torch.where(x.abs() < 1e-6, 1.0, torch.expm1(x.clamp(max=math.log(args.linex_max))) / x)
 
 
@@ -300,7 +300,7 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 @torch.no_grad()
 def evaluate(actor: Callable, critic: Critic, policy: GaussianPolicy, run: runs.Run, args: Args) -> dict:
     """The scores of `actor`, (B, O) -> (B, A), over args.eval_episodes episodes. On the bandit a Gaussian must fail:
-    its two best actions lie opposite. It is only drawn; scored are the data's actions, redrawn by Eq. (11)."""
+    its two best actions lie opposite. It is only plotted; scored are the data's actions, resampled by Eq. (11)."""
     with torch.random.fork_rng():  # training goes on as if there had been no evaluation
         torch.manual_seed(args.seed + run.step)  # the step that `train` is at
         if args.env != "bandit":
@@ -342,14 +342,14 @@ def train(args: Args) -> dict:
         update_target(critic.target_q, critic.q, args.target_rate)  # Eq. (3)
         return metrics
 
-    def policy_update() -> dict:
+    def policy_update() -> dict:  # with a batch of its own; IQL's code has one batch for all
         loss, metrics = policy_loss_fn(policy.train(), critic, data.sample(args.batch_size), args)  # Eq. (10)
         policy_optimizer.zero_grad()
         loss.backward()
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # recorded in the loop's first steps, thus after `restore`, which replaces tensors
+    if args.cudagraph:  # recorded in the loop, after run.restore() below has replaced the optimizers' tensors
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     total = max(args.critic_steps, args.policy_steps)  # the two are trained side by side, in one phase
     run = runs.Run(  # saves and restores what it is given by name
