@@ -376,7 +376,7 @@ def evaluate(actor: Callable, run: runs.Run, args: Args) -> dict:
 
 
 def evaluate_bandit(actor: Callable, run: runs.Run, args: Args) -> dict:
-    """How often each mode is taken, against the exact frequencies: of argmax with N draws, of the others with endless."""
+    """How often each mode is taken, against the exact frequencies: argmax with N draws, the others with endless."""
     target = torch.softmax(args.beta * bandit.REWARDS, -1) if args.extraction == "softmax" else implicit_target(args)
     if args.extraction == "argmax":
         rank = bandit.REWARDS.argsort().argsort()
