@@ -20,11 +20,13 @@ COLUMNS = ("cloning", "iql", "gmpo", "gmpg", "idql")
 MAZE = "maze2d-umaze-remade"  # the one in README's picture
 
 README = """Score of the last policy over 100 episodes, mean ± standard deviation over up to {seeds} seeds, or the score
-of one seed where there is no ±. A set's best method is bold. Cloning is GMPO that copies all actions of the data alike.
+of one seed where there is no ±. The best method is bold where all have been run. Cloning is GMPO that copies all actions
+of the data alike. All methods of a seed share one critic.
 
-* `bandit`: each method has an exact solution of its own, which can be computed. 100 means that the policy equals it, so
-  the row has no winner. IQL's number is for the policy that its critic implies, not for its Gaussian.
-* `halfcheetah-demo`: 100 is the undisturbed runner.
+* `bandit`: a formula gives the frequencies of actions that each method should reach. The score is 100 minus the
+  percentage of actions that would have to move to another group. So the row shows how exact a method is, and has no
+  winner. IQL's number is for the policy that its critic implies, Eq. (11) below, since its Gaussian must fail here.
+* `halfcheetah-demo`: 100 is the undisturbed runner. A policy can be a little better than that.
 * Names that end in `remade`: the data are made here by D4RL's recipe, and are not D4RL's own. The score has D4RL's
   scale, on which 0 is a random policy and 100 an expert; in mazes that is a controller which often failed.
 
