@@ -20,8 +20,8 @@ COLUMNS = ("cloning", "iql", "gmpo", "gmpg", "idql")
 MAZE = "maze2d-umaze-remade"  # the one in README's picture
 
 README = """Score of the last policy over 100 episodes, mean ± standard deviation over up to {seeds} seeds, or the score
-of one seed where there is no ±. The best method is bold where all have been run. Cloning is GMPO that copies all actions
-of the data alike. All methods of a seed share one critic.
+of one seed where there is no ±. The best method is bold where all have been run. Cloning is GMPO that copies all
+actions of the data alike. All methods of a seed share one critic.
 
 * `bandit`: a formula gives the frequencies of actions that each method should reach. The score is 100 minus the
   percentage of actions that would have to move to another group. So the row shows how exact a method is, and has no
