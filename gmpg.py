@@ -97,7 +97,7 @@ class Args(RunArgs):
     """states a gradient step of the policy"""
 
 
-# differs from the paper: on data that are not D4RL's the net is a plain MLP, an eleventh of the size of the paper's
+# differs from the paper: on other data than D4RL's the net is a plain MLP, an eleventh in size, and Q, V have LayerNorm
 OURS = dict(
     behaviour_lr=1e-3, policy_lr=3e-4, batch_size=256, policy_batch_size=256, normalize_obs=True, network="mlp",
     layer_norm=True, eval_every=100,

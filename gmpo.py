@@ -101,7 +101,7 @@ class Args(RunArgs):
     """transitions a gradient step"""
 
 
-# differs from the paper: on data that are not D4RL's the net is a plain MLP, an eleventh of the size of the paper's
+# differs from the paper: on other data than D4RL's the net is a plain MLP, an eleventh in size, and Q, V have LayerNorm
 OURS = dict(batch_size=256, policy_lr=1e-3, lr_decay=True, normalize_obs=True, network="mlp", layer_norm=True)
 
 # An argument that is None takes its value from the dataset's entry or, if that has none, from "*". The entry is the
