@@ -397,8 +397,9 @@ def policy_loss(
     action, log_pi = sample_with_log_density(policy, obs, args)
     log_mu, undo_error = log_density(behaviour, obs, action, args)
     q = critic.q(obs, action.clamp(-1, 1)).amin(0)  # (B,); outside of [-1, 1] there is no Q, and the KL alone pulls
-    loss = (-args.beta * q + log_pi - log_mu).mean()
-    kl, q = (log_pi - log_mu).detach().mean(), q.detach().mean()
+    known = undo_error < 1e-3  # elsewhere a step of mu was not undone: log mu is wrong there, and its gradient huge
+    loss = torch.where(known, -args.beta * q + log_pi - log_mu, 0.0).mean()
+    kl, q = torch.where(known, log_pi - log_mu, 0.0).detach().mean(), q.detach().mean()
     return loss, {"policy/loss": loss.detach(), "policy/q": q, "policy/kl": kl, "policy/undo_error": undo_error.amax()}
 
 

@@ -278,6 +278,29 @@ def test_policy_loss_is_eq_14_with_the_smaller_online_q():
 # The divergence and the optimum
 
 
+def test_samples_whose_mu_is_not_known_have_no_say(monkeypatch):
+    args, obs = args_of(), torch.zeros(64, 1)
+    behaviour = SmallMLP(1, 2, width=8)
+    policy, exact = copy.deepcopy(behaviour), gmpg.log_density
+    models, lost = (policy, behaviour, ExactCritic(lambda action: action.sum(-1))), torch.arange(64) % 4 == 0
+
+    def losing(net, obs, action, args):
+        log_mu, error = exact(net, obs, action, args)
+        return torch.where(lost, -1e10 * action.sum(-1), log_mu), torch.where(lost, 20.0, error)
+
+    torch.manual_seed(0)
+    action, log_pi = gmpg.sample_with_log_density(policy, obs, args)
+    terms = -args.beta * action.clamp(-1, 1).sum(-1) + log_pi - exact(behaviour, obs, action, args)[0]
+    monkeypatch.setattr(gmpg, "log_density", losing)
+    torch.manual_seed(0)
+    loss, metrics = gmpg.policy_loss(*models, obs, args)
+    torch.testing.assert_close(loss, terms[~lost].sum() / 64)
+    assert metrics["policy/undo_error"] == 20 and metrics["policy/kl"].abs() < 1
+    wanted = torch.autograd.grad(terms[~lost].sum() / 64, policy.parameters())
+    for found, grad in zip(torch.autograd.grad(loss, policy.parameters()), wanted):
+        torch.testing.assert_close(found, grad)
+
+
 @each_path
 def test_the_divergence_is_0_at_the_warm_start_and_never_negative_on_the_way(path):
     args = args_of(path=path, beta=20.0)
