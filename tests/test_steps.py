@@ -49,7 +49,7 @@ def start(algorithm, args, make_policies):
     """The data and the networks as a run begins with them, on the run's random numbers."""
     data = datasets.load(args.env, reward_scale=1.0)
     torch.manual_seed(args.seed)
-    critic = algorithm.Critic(3, 2)
+    critic = algorithm.Critic(3, 2, layer_norm=True)
     policies = make_policies()
     algorithm.fit_normalizers(data.obs, critic, *policies)
     return data, critic, *policies
