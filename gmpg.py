@@ -97,17 +97,17 @@ class Args(RunArgs):
     """states a gradient step of the policy"""
 
 
-# differs from the paper: on other data than D4RL's the net is a plain MLP, an eleventh in size, and Q, V have LayerNorm
+# differs from the paper: on other data than D4RL's the net is a plain MLP, eleven times smaller
 OURS = dict(
     behaviour_lr=1e-3, policy_lr=3e-4, batch_size=256, policy_batch_size=256, normalize_obs=True, network="mlp",
     layer_norm=True, eval_every=100,
 )  # fmt: skip
 
-# An argument that is None takes its value from the dataset's entry or, if that has none, from "*". The entry is the
-# first of: its name; "own data" for a file; "maze2d-remade", then "remade" for names in -remade; family ("antmaze").
+# An argument that is None has the value of the dataset's entry, else that of "*". The entry has the dataset's name. If
+# none has: "own data" for a file, "x-remade", else "remade" for names like x-y-remade, "x" for other names like x-y.
 SETTINGS = {
     # The reference code's, but policy_steps, policy_batch_size, sampler_steps are ours: its up to 24 500 updates of
-    # 40 960 states and 999 steps take months. Its KL is divided by A ln 2, so that beta here is its beta times A ln 2.
+    # 40 960 states and 999 steps take months. Its KL is in bits a dimension, so beta here is its beta times A ln 2.
     "*": dict(
         critic_lr=3e-4, critic_steps=1_000_000, behaviour_steps=500_000, behaviour_lr=1e-4, policy_steps=10_000,
         policy_lr=1e-5, batch_size=4096, policy_batch_size=1024, expectile=0.7, beta=16.6, normalize_obs=False,
@@ -128,7 +128,7 @@ SETTINGS = {
                                 ("medium-diverse", 5e-6), ("large-play", 5e-6), ("large-diverse", 5e-6))
     },
     **{name: dict(beta=0.5) for name in ("kitchen", "pen", "hammer", "door", "relocate")},  # IQL's; the paper has none
-    "antmaze": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),  # -v1 and -v2: as their -v0
+    "antmaze": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),  # the rest; -v1, -v2 have their -v0's
     # Ours: budgets of minutes, chosen by trying. "-remade": data made here by D4RL's recipe.
     "halfcheetah-demo": OURS | dict(critic_steps=15_000, behaviour_steps=10_000, policy_steps=400, policy_lr=1e-4,
                                     policy_batch_size=64, layer_norm=False, beta=2.0),
@@ -377,12 +377,12 @@ def sample_with_log_density(net: nn.Module, obs: Tensor, args: Args) -> tuple[Te
 
 
 def log_density(net: nn.Module, obs: Tensor, action: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """Eq. (13) of given actions, (B, O), (B, A) -> (B,), and by how much their undone steps miss, at worst, (B,),
-    which is logged: if it is not tiny, the density is wrong. Differentiable in the action and the net."""
+    """Eq. (13) of given actions, and the undo error: (B, O), (B, A) -> (B,), (B,). The sampler's steps are undone; the
+    error is how far a step, done again, lands off: unless tiny, the density is wrong. Differentiable in action, net."""
     # differs from the reference code: there the likelihood detaches z, so that the KL has a wrong gradient
     z, log_dets, undo_error = action, 0.0, torch.zeros_like(action[:, 0])
     for t, t_next in reversed(times(obs, args)):
-        step, z_next = euler_step(net, obs, t, t_next), z
+        z_next, step = z, euler_step(net, obs, t, t_next)
         z = samplers.invert(step, z_next)  # by Newton's method; its gradient is that of the inverse function
         again, jacobian = samplers.with_jacobian(step, z)
         log_dets = log_dets + torch.linalg.slogdet(jacobian).logabsdet
@@ -397,10 +397,10 @@ def policy_loss(
     action, log_pi = sample_with_log_density(policy, obs, args)
     log_mu, undo_error = log_density(behaviour, obs, action, args)
     q = critic.q(obs, action.clamp(-1, 1)).amin(0)  # (B,); outside of [-1, 1] there is no Q, and the KL alone pulls
-    known = undo_error < 1e-3  # elsewhere a step of mu was not undone: log mu is wrong there, and its gradient huge
+    known = undo_error < 1e-3  # else log mu is wrong, its gradient huge, and nothing holds Q: the sample counts 0
     loss = torch.where(known, -args.beta * q + log_pi - log_mu, 0.0).mean()
-    kl, q = torch.where(known, log_pi - log_mu, 0.0).detach().mean(), q.detach().mean()
-    return loss, {"policy/loss": loss.detach(), "policy/q": q, "policy/kl": kl, "policy/undo_error": undo_error.amax()}
+    q, kl = (torch.where(known, x.detach(), 0.0).mean() for x in (q, log_pi - log_mu))  # for the log, likewise
+    return loss, {"policy/loss": loss.detach(), "policy/q": q, "policy/kl": kl, "policy/undo_error": undo_error.max()}
 
 
 def act(policy: nn.Module, obs: Tensor, args: Args) -> Tensor:
@@ -415,7 +415,7 @@ def load_net(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Args]:
     """The trained net of a run (its folder or checkpoint), and its arguments. Raises UserError if it can't be read."""
     checkpoint = trained.load_checkpoint(path, NAME)
     args = trained.saved_args(checkpoint, Args)
-    net = make_policy(*checkpoint["sizes"], args).to(device)
+    net = make_policy(*checkpoint["sizes"], args).to(device)  # sizes: obs_dim, action_dim
     net.load_state_dict(checkpoint["policy"])
     return net, args
 
@@ -504,10 +504,10 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # recorded in the loop, after run.restore() below has replaced the optimizers' tensors
+    if args.cudagraph:  # recorded in the loop, not here: run.restore() below still replaces the optimizers' tensors
         critic_update, behaviour_update = runs.captured(critic_update), runs.captured(behaviour_update)
         policy_update = runs.captured(policy_update)
-    run = runs.Run(  # saves and restores what it is given by name
+    run = runs.Run(  # saves and restores what it is given by name, besides args and the data's sizes
         args, NAME, data,
         {"critic": args.critic_steps, "behaviour": args.behaviour_steps, "policy": args.policy_steps},
         critic=critic, behaviour=behaviour, policy=policy, critic_optimizer=critic_optimizer,
@@ -516,7 +516,7 @@ def train(args: Args) -> dict:
     )  # fmt: skip
     start = run.restore()  # loads the checkpoint if there is one; returns how many steps are done
     actor = partial(act_fn, policy, args=args)  # (B, O) -> (B, A)
-    if args.eval_only:
+    if args.eval_only:  # print the scores, write eval.json, with --video play once more
         return run.show(evaluate(actor, run, args), actor)
 
     for step, phase in run.steps(start):  # all steps of a phase, then those of the next; step counts on, from 1

@@ -101,11 +101,11 @@ class Args(RunArgs):
     """transitions a gradient step"""
 
 
-# differs from the paper: on other data than D4RL's the net is a plain MLP, an eleventh in size, and Q, V have LayerNorm
+# differs from the paper: on other data than D4RL's the net is a plain MLP, eleven times smaller
 OURS = dict(batch_size=256, policy_lr=1e-3, lr_decay=True, normalize_obs=True, network="mlp", layer_norm=True)
 
-# An argument that is None takes its value from the dataset's entry or, if that has none, from "*". The entry is the
-# first of: its name; "own data" for a file; "maze2d-remade", then "remade" for names in -remade; family ("antmaze").
+# An argument that is None has the value of the dataset's entry, else that of "*". The entry has the dataset's name. If
+# none has: "own data" for a file, "x-remade", else "remade" for names like x-y-remade, "x" for other names like x-y.
 SETTINGS = {
     # The reference code's, its epochs turned into steps at its batch of 4096; sampler_steps and eval_every are ours.
     "*": dict(
@@ -129,7 +129,7 @@ SETTINGS = {
                            ("large-play", 16.0), ("large-diverse", 4.0))
     },
     **{name: dict(beta=0.5) for name in ("kitchen", "pen", "hammer", "door", "relocate")},  # IQL's: the paper has none
-    "antmaze": dict(expectile=0.9, beta=10.0),  # -v1 and -v2: as their -v0
+    "antmaze": dict(expectile=0.9, beta=10.0),  # the rest; -v1, -v2 have their -v0's
     # Ours: budgets of minutes, chosen by trying. "-remade": data made here by D4RL's recipe.
     "halfcheetah-demo": OURS | dict(
         critic_steps=15_000, layer_norm=False, policy_steps=10_000, beta=1.0, eval_every=2_500),
@@ -377,7 +377,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 @torch.no_grad()
 def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
-    # Q - V, as in GMPO's and IDQL's code; IQL's policy (policy_loss in iql_critic.py) has Q' - V
+    # Q - V, as in GMPO's and IDQL's code; only IQL's own policy_loss has Q' - V
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
@@ -408,7 +408,7 @@ def sampled_policy_loss(
     policy: nn.Module, behaviour: tuple[nn.Module, Args], critic: Critic, obs: Tensor, args: Args
 ) -> tuple[Tensor, dict]:
     """Eq. (9). `behaviour` is a model of mu and its own arguments, from `load_net`."""
-    # differs from the reference code: its Eq. (9) crashes, and mixes up the samples of different states
+    # differs from the reference code: its Eq. (9) crashes and, once mended, mixes up samples of different states
     with torch.no_grad():
         repeated = obs.repeat_interleave(args.candidates, 0)  # (B K, O), the K rows of a state side by side
         action = sample(behaviour[0], repeated, behaviour[1]).clamp(-1, 1)  # (B K, A)
@@ -427,7 +427,7 @@ def load_net(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Args]:
     """The trained net of a run (its folder or checkpoint), and its arguments. Raises UserError if it can't be read."""
     checkpoint = trained.load_checkpoint(path, NAME)
     args = trained.saved_args(checkpoint, Args)
-    net = make_policy(*checkpoint["sizes"], args).to(device)
+    net = make_policy(*checkpoint["sizes"], args).to(device)  # sizes: obs_dim, action_dim
     net.load_state_dict(checkpoint["policy"])
     return net, args
 
@@ -503,21 +503,21 @@ def train(args: Args) -> dict:
         if behaviour is None:
             loss, metrics = policy_loss_fn(policy, data[index], weight[index], args)  # Eq. (8)
         else:
-            loss, metrics = sampled_policy_loss(policy, behaviour, critic, data.obs[index], args)  # Eq. (9)
+            loss, metrics = sampled_policy_loss(policy, behaviour, critic, data.obs[index], args)  # Eq. (9), uncompiled
         policy_optimizer.zero_grad()
         loss.backward()
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # recorded in the loop, after run.restore() below has replaced the optimizers' tensors
+    if args.cudagraph:  # recorded in the loop, not here: run.restore() below still replaces the optimizers' tensors
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
-    run = runs.Run(  # saves and restores what it is given by name
+    run = runs.Run(  # saves and restores what it is given by name, besides args and the data's sizes
         args, NAME, data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,
         critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer, policy_schedule=policy_schedule,
     )  # fmt: skip
     start = run.restore()  # loads the checkpoint if there is one; returns how many steps are done
     actor = partial(act_fn, policy, args=args)  # (B, O) -> (B, A)
-    if args.eval_only:
+    if args.eval_only:  # print the scores, write eval.json, with --video play once more
         return run.show(evaluate(actor, run, args), actor)  # prints the scores; plays once more with --video
 
     for step, phase in run.steps(start):  # all steps of a phase, then those of the next; step counts on, from 1

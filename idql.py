@@ -26,7 +26,7 @@ down when it acts: sample N actions of a model of mu, then choose among them by 
     (18) the one with the largest min_i Q'_i(s, a)           what the paper reports
 
 B is the batch, O the size of an observation, A of an action, N the candidates. Equations have the same number in every
-file. `diff gmpo.py idql.py` shows the weights move from training to acting. GMPO and GMPG: arXiv:2412.01245, gmpo.py.
+file. `diff gmpo.py idql.py` shows the critic's weights move from training to acting. GMPO: arXiv:2412.01245, gmpo.py.
 """
 
 import copy
@@ -99,10 +99,10 @@ class Args(RunArgs):
 
 OURS = dict(policy_batch_size=256, normalize_obs=True, layer_norm=True, eval_every=10_000)  # for data not D4RL's
 
-# An argument that is None takes its value from the dataset's entry or, if that has none, from "*". The entry is the
-# first of: its name; "own data" for a file; "maze2d-remade", then "remade" for names in -remade; family ("antmaze").
+# An argument that is None has the value of the dataset's entry, else that of "*". The entry has the dataset's name. If
+# none has: "own data" for a file, "x-remade", else "remade" for names like x-y-remade, "x" for other names like x-y.
 SETTINGS = {
-    # The paper's text: two actor steps of 1024 for each of the critic's 256. The authors' last code has other settings.
+    # The paper's text: two actor steps of 1024 for each critic step of 256. The authors' last code has other settings.
     "*": dict(
         critic_lr=3e-4, critic_steps=1_500_000, policy_steps=3_000_000, batch_size=256, policy_batch_size=1024,
         policy_lr=3e-4, ema_rate=0.001, diffusion_steps=5, expectile=0.7, extraction="argmax", candidates=64,
@@ -298,10 +298,10 @@ def implicit_weights(u: Tensor, args: Args, floor: float = 1e-3) -> Tensor:
     share = torch.where(u > 0, args.expectile, 1 - args.expectile)
     if args.critic_loss == "expectile":
         return share
-    # differs from IDQL's code: its quantile weight is negative where Q < V, its exponential weight a constant
+    # differs from IDQL's code: there the quantile weight is negative where Q < V, the exponential one a constant
     if args.critic_loss == "quantile":
         return share / u.abs().clamp(min=floor)  # singular at u = 0
-    x = args.linex_alpha * u  # |f'| / |u| is alpha^2 (min(e^x, linex_max) - 1) / x; its limit at x = 0 is alpha^2
+    x = args.linex_alpha * u  # |f'| / |u| is alpha^2 times (min(e^x, linex_max) - 1) / x, which is 1 at x = 0
     return torch.where(x.abs() < 1e-6, 1.0, torch.expm1(x.clamp(max=math.log(args.linex_max))) / x)
 
 
@@ -354,7 +354,7 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
     """
     checkpoint = trained.load_checkpoint(path, NAME)
     args = trained.saved_args(checkpoint, Args)
-    critic = Critic(*checkpoint["sizes"], args.layer_norm).to(device)
+    critic = Critic(*checkpoint["sizes"], args.layer_norm).to(device)  # sizes: obs_dim, action_dim
     policy = LNResNet(*checkpoint["sizes"], args.dropout).to(device).eval()
     critic.load_state_dict(checkpoint["critic"])
     policy.load_state_dict(checkpoint["ema"])
@@ -376,7 +376,7 @@ def evaluate(actor: Callable, run: runs.Run, args: Args) -> dict:
 
 
 def evaluate_bandit(actor: Callable, run: runs.Run, args: Args) -> dict:
-    """How often each mode is taken, against the exact frequencies: argmax with N draws, the others with endless."""
+    """How often each mode is taken, against the exact frequencies: argmax with N draws, the others as N -> inf."""
     target = torch.softmax(args.beta * bandit.REWARDS, -1) if args.extraction == "softmax" else implicit_target(args)
     if args.extraction == "argmax":
         rank = bandit.REWARDS.argsort().argsort()
@@ -429,15 +429,15 @@ def train(args: Args) -> dict:
         update_target(ema, policy, args.ema_rate)
         return metrics
 
-    if args.cudagraph:  # recorded in the loop, after run.restore() below has replaced the optimizers' tensors
+    if args.cudagraph:  # recorded in the loop, not here: run.restore() below still replaces the optimizers' tensors
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
-    run = runs.Run(  # saves and restores what it is given by name
+    run = runs.Run(  # saves and restores what it is given by name, besides args and the data's sizes
         args, NAME, data, {"critic": args.critic_steps, "policy": args.policy_steps}, critic=critic, policy=policy,
         ema=ema, critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer, policy_schedule=policy_schedule,
     )  # fmt: skip
     start = run.restore()  # loads the checkpoint if there is one; returns how many steps are done
     actor = partial(act_fn, ema, critic, args=args)  # (B, O) -> (B, A)
-    if args.eval_only:
+    if args.eval_only:  # print the scores, write eval.json, with --video play once more
         return run.show(evaluate(actor, run, args) | {"eval/candidates": args.candidates}, actor)
 
     # differs from the authors' code: first critic, then policy; theirs alternates

@@ -19,7 +19,7 @@ fitted to Q at the data's actions, by an asymmetric loss, so that it becomes the
   policy
     (7)  w(s, a) = min(exp(beta (min_i Q_i(s, a) - V(s))), weight_max)       with Q' for Q in this file, as in IQL
     (10) L = -E_D[ w(s, a) log N(a; tanh(m(s)), std) ]       IQL's actor: advantage-weighted regression of a Gaussian
-  implied: the policy whose value V is (IDQL); no network holds it, only the bandit's evaluation draws from it
+  implied: the policy whose value is V (IDQL); no network holds it, only the bandit's evaluation draws from it
     (11) pi(a|s) = mu(a|s) |f'(u)| / |u| / Z(s), u = min_i Q_i(s, a) - V(s)
 
 B is the batch, O the size of an observation, A of an action. Equations have the same number in every file.
@@ -69,13 +69,13 @@ class Args(RunArgs):
     """share of the new weights in Eq. (3)"""
 
     policy_steps: Steps | None = None
-    """gradient steps of the actor, trained beside the critic from the first step on"""
+    """gradient steps of the policy, trained beside the critic from the first step on"""
     policy_lr: Amount | None = None
-    """Adam's learning rate for the actor"""
+    """Adam's learning rate for the policy"""
     lr_decay: bool | None = None
     """let that learning rate fall to 0 along a cosine"""
     dropout: Share | None = None
-    """of the actor's hidden layers"""
+    """of the policy's hidden layers"""
     beta: Amount | None = None
     """inverse temperature of Eq. (7): 0 is behaviour cloning, large is greedy"""
     weight_max: Amount = 100.0
@@ -84,9 +84,9 @@ class Args(RunArgs):
     """transitions a gradient step"""
 
 
-OURS = dict(normalize_obs=True, layer_norm=True, eval_every=20_000)  # of the last three entries
-# An argument that is None takes its value from the dataset's entry or, if that has none, from "*". The entry is the
-# first of: its name; "own data" for a file; "maze2d-remade", then "remade" for names in -remade; family ("antmaze").
+OURS = dict(normalize_obs=True, layer_norm=True, eval_every=20_000)  # shared by the last three entries of SETTINGS
+# An argument that is None has the value of the dataset's entry, else that of "*". The entry has the dataset's name. If
+# none has: "own data" for a file, "x-remade", else "remade" for names like x-y-remade, "x" for other names like x-y.
 SETTINGS = {
     "*": dict(  # IQL's own
         critic_lr=3e-4, critic_steps=1_000_000, policy_steps=1_000_000, policy_lr=3e-4, lr_decay=True,
@@ -174,7 +174,7 @@ class GaussianPolicy(nn.Module):
         self.net = nn.Sequential(first, relu, nn.Dropout(dropout), second, relu, nn.Dropout(dropout), last)
 
     def forward(self, obs: Tensor) -> torch.distributions.Normal:
-        # not a squashed Gaussian: tanh is inside the mean, samples may leave [-1, 1]; a check would make a GPU wait
+        # not a squashed Gaussian: tanh is inside the mean, samples may leave [-1, 1]; validating makes a GPU wait
         mean = torch.tanh(self.net(self.normalize(obs)))
         return torch.distributions.Normal(mean, self.log_std.clamp(-5, 2).exp(), validate_args=False)
 
@@ -226,7 +226,7 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 @torch.no_grad()
 def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
     """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
-    # Q - V, as in GMPO's and IDQL's code; IQL's policy (policy_loss in iql_critic.py) has Q' - V
+    # Q - V, as in GMPO's and IDQL's code; only IQL's own policy_loss has Q' - V
     chunks = zip(data.obs.split(65_536), data.action.split(65_536))
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
@@ -236,10 +236,10 @@ def implicit_weights(u: Tensor, args: Args, floor: float = 1e-3) -> Tensor:
     share = torch.where(u > 0, args.expectile, 1 - args.expectile)
     if args.critic_loss == "expectile":
         return share
-    # differs from IDQL's code: its quantile weight is negative where Q < V, its exponential weight a constant
+    # differs from IDQL's code: there the quantile weight is negative where Q < V, the exponential one a constant
     if args.critic_loss == "quantile":
         return share / u.abs().clamp(min=floor)  # singular at u = 0
-    x = args.linex_alpha * u  # |f'| / |u| is alpha^2 (min(e^x, linex_max) - 1) / x; its limit at x = 0 is alpha^2
+    x = args.linex_alpha * u  # |f'| / |u| is alpha^2 times (min(e^x, linex_max) - 1) / x, which is 1 at x = 0
     return torch.where(x.abs() < 1e-6, 1.0, torch.expm1(x.clamp(max=math.log(args.linex_max))) / x)
 
 
@@ -299,8 +299,8 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 
 @torch.no_grad()
 def evaluate(actor: Callable, critic: Critic, policy: GaussianPolicy, run: runs.Run, args: Args) -> dict:
-    """The scores of `actor`, (B, O) -> (B, A), over args.eval_episodes episodes. On the bandit a Gaussian must fail:
-    its two best actions lie opposite. It is only plotted; scored are the data's actions, resampled by Eq. (11)."""
+    """The scores of `actor`, `act` of this policy, over args.eval_episodes episodes. The bandit's two best actions lie
+    opposite, so a Gaussian must fail: it is only drawn, and the data's actions, resampled by Eq. (11), are scored."""
     with torch.random.fork_rng():  # training goes on as if there had been no evaluation
         torch.manual_seed(args.seed + run.step)  # the step that `train` is at
         if args.env != "bandit":
@@ -308,7 +308,7 @@ def evaluate(actor: Callable, critic: Critic, policy: GaussianPolicy, run: runs.
         weight = implicit_weights(advantages(critic, run.data), args)
         implicit = run.data.action[torch.multinomial(weight, 4096, replacement=True)]
         gaussian = policy.eval()(run.data.obs[:4096]).sample()
-        metrics, figure = bandit.report(implicit, implicit_target(args), **{"IQL's Gaussian": gaussian})
+        metrics, figure = bandit.report(implicit, implicit_target(args), Gaussian=gaussian)
         run.picture("bandit", figure)
         return metrics
 
@@ -349,19 +349,19 @@ def train(args: Args) -> dict:
         policy_optimizer.step()
         return metrics
 
-    if args.cudagraph:  # recorded in the loop, after run.restore() below has replaced the optimizers' tensors
+    if args.cudagraph:  # recorded in the loop, not here: run.restore() below still replaces the optimizers' tensors
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     total = max(args.critic_steps, args.policy_steps)  # the two are trained side by side, in one phase
-    run = runs.Run(  # saves and restores what it is given by name
+    run = runs.Run(  # saves and restores what it is given by name, besides args and the data's sizes
         args, NAME, data, {"critic and policy": total}, critic=critic, policy=policy,
         critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer, policy_schedule=policy_schedule,
     )  # fmt: skip
     start = run.restore()  # loads the checkpoint if there is one; returns how many steps are done
     actor = partial(act, policy)  # (B, O) -> (B, A)
-    if args.eval_only:
+    if args.eval_only:  # print the scores, write eval.json, with --video play once more
         return run.show(evaluate(actor, critic, policy, run, args), actor)
 
-    for step, _ in run.steps(start):  # step counts from 1; start is the last one that was done
+    for step, _ in run.steps(start):  # step counts from 1, start is the last one done, _ the name of the one phase
         metrics = {}
         if step <= args.critic_steps:
             metrics |= critic_update()

@@ -20,15 +20,18 @@ COLUMNS = ("cloning", "iql", "gmpo", "gmpg", "idql")
 MAZE = "maze2d-umaze-remade"  # the one in README's picture
 
 README = """Score of the last policy over 100 episodes, mean ± standard deviation over up to {seeds} seeds, or the score
-of one seed where there is no ±. The best method is bold where all have been run. Cloning is GMPO that copies all
+of one seed where there is no ±. The best method is bold where all have at least two. Cloning is GMPO that copies all
 actions of the data alike. All methods of a seed share one critic.
 
-* `bandit`: a formula gives the frequencies of actions that each method should reach. The score is 100 minus the
-  percentage of actions that would have to move to another group. So the row shows how exact a method is, and has no
-  winner. IQL's number is for the policy that its critic implies, Eq. (11) below, since its Gaussian must fail here.
+* `bandit`: for each method a formula gives the frequencies of actions that it should reach. The score is 100 minus the
+  percentage of actions that would have to move to another group. So the row shows how exact a method is, not how much
+  reward it gets, and has no winner. IQL's number is for the policy that its critic implies (Eq. (11), in the section
+  "From equation to line"), since its Gaussian must fail here.
 * `halfcheetah-demo`: 100 is the undisturbed runner. A policy can be a little better than that.
 * Names that end in `remade`: the data are made here by D4RL's recipe, and are not D4RL's own. The score has D4RL's
-  scale, on which 0 is a random policy and 100 an expert; in mazes that is a controller which often failed.
+  scale, on which 0 is a random policy and 100 an expert; in mazes that is a controller which often failed. Cloning has
+  about 0 in a maze, because nobody told those who made the data where the goal is.
+* IDQL takes the best of N samples (`--extraction argmax`); N is 16 on the bandit and 32 elsewhere.
 
 The commands, intervals and published figures are in [benchmarks/README.md](benchmarks/README.md).
 """
@@ -36,14 +39,23 @@ DETAILS = """Made by `python benchmarks/scores.py`, which also says what is run.
 
 * **score**: the last policy over 100 episodes, mean ± standard deviation over seeds. The bandit's is 100 (1 - total
   variation) to each method's own closed form; IQL's is that of the policy that its critic implies, not of its Gaussian.
-* **IQM, 95 %**: the interquartile mean, for which the lowest and the highest quarter are left out (of three seeds that
-  is the mean), with the interval that drawing the seeds again at random gives. From three seeds it is a rough guide.
+* **IQM, 95 %**: the interquartile mean, for which the lowest and the highest quarter of the values are left out, with
+  the interval that drawing the seeds again at random gives. A quarter of three seeds is less than one of them, so that
+  none is left out in a single set. From three seeds the interval is a rough guide.
 * **last**, **best**: of the evaluations during training, which have ten episodes, means over seeds. The best one is
   chosen by its own score, and so promises too much.
-* **steps**, **minutes**: of one run. They leave out the critic's training where IQL's critic was used.
+* **steps**, **minutes**: of one run. They leave out the critic's training where IQL's critic was used. The minutes are
+  those of whatever machine had the run, with other runs beside it, so compare them only roughly.
+* The rows at the end are over the sets, without the bandit, in which every method has at least two seeds.
 """
 PUBLISHED = """Published figures for D4RL's own sets, beside ours for another dataset of the same recipe. They show what
-is usual for this kind of task; data, budgets and protocols differ.
+is usual for this kind of task; data, budgets and protocols differ. CORL (arXiv:2210.07105) is a library of baselines,
+ReBRAC (arXiv:2305.09836) one of them. The papers of GMPO, GMPG and IDQL have no figures for Maze2D.
+"""
+
+COMMANDS = """The commands of the first seed. They train. The table's scores were then made by the same file, with the
+same `--run-dir` and with `--eval-only --eval-episodes 100`. `results/<set>/<method>/seed<k>.json` has the command, the
+versions and both evaluations of every seed.
 """
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -119,7 +131,7 @@ def compact_table(found: dict) -> str:
     for name, records in found.items():
         values = {row: scores(records[row]) for row in COLUMNS if records[row]}
         cells = {row: mean_and_spread(value) for row, value in values.items()}
-        if name != "bandit" and len(cells) == len(COLUMNS):
+        if name != "bandit" and all(len(records[row]) > 1 for row in COLUMNS):
             best = max(values, key=lambda row: values[row].mean())
             cells[best] = f"**{cells[best]}**"
         body.append([f"`{name}`", *[cells.get(row, "") for row in COLUMNS]])
@@ -127,7 +139,7 @@ def compact_table(found: dict) -> str:
 
 
 def detailed_table(found: dict) -> str:
-    """A row a method of a set; below them each method over all sets on which every method has been run."""
+    """A row a method of a set; below them each method over all sets on which every method has two seeds."""
     body = []
     for name, rows in found.items():
         for row, records in rows.items():
@@ -144,7 +156,7 @@ def detailed_table(found: dict) -> str:
                 ]
                 values = scores(records)
                 body.append([f"`{name}`", label(row), mean_and_spread(values), iqm_cell([values]), *numbers])
-    whole = [rows for name, rows in found.items() if name != "bandit" and all(rows[row] for row in COLUMNS)]
+    whole = [rows for name, rows in found.items() if name != "bandit" and all(len(rows[row]) > 1 for row in COLUMNS)]
     for row in COLUMNS if len(whole) > 1 else ():
         samples = [scores(rows[row]) for rows in whole]
         mean = f"{np.mean([sample.mean() for sample in samples]):.1f}"
@@ -176,7 +188,7 @@ def commands(found: dict) -> str:
     devices = sorted({record["budget"]["device"] for record in records})
     typed = "\n".join(several[0]["command"] for several in every)
     about = f"On {', '.join(devices)}, with {', '.join(versions)}; commit {', '.join(commits)}."
-    return f"The commands of the first seed:\n\n```sh\n{typed}\n```\n\n{about}\n"
+    return f"{COMMANDS}\n```sh\n{typed}\n```\n\n{about}\n"
 
 
 # ------------------------------------------------------------------------------------------------------------------

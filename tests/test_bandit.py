@@ -125,7 +125,7 @@ def test_iqls_implicit_policy_is_right_where_its_gaussian_cannot_be(tmp_path, mo
     monkeypatch.setattr(bandit, "report", spy)
     result = iql_critic.train(iql_critic.Args(run_dir=tmp_path / "iql", **STEP_FREE))
     assert result["eval/total_variation"] < 0.05 and result["eval/off_modes"] < 0.01
-    gaussian = seen[-1]["IQL's Gaussian"]
+    gaussian = seen[-1]["Gaussian"]
     off = (torch.cdist(gaussian, bandit.MODES).amin(-1) > 4 * bandit.STD).float().mean()
     assert off > 0.5
     assert gaussian.mean(0).norm() < 0.3  # between the two best modes: the mean of good actions is no good action
