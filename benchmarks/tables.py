@@ -32,9 +32,9 @@ actions of the data alike. All methods of a seed share one critic.
   scale, on which 0 is a random policy and 100 an expert; in mazes that is a controller which often failed. Cloning has
   about 0 in a maze, because nobody told those who made the data where the goal is.
 * IDQL takes the best of N samples (`--extraction argmax`); N is 16 on the bandit and 32 elsewhere.
-* The settings are ours, not the papers': a small network, minutes of training, and in the mazes LayerNorm in the critic, a
-  beta of 10 for IQL and GMPO and of 3 for GMPG, chosen by trying on seed 0 of the medium maze, GMPG's
-  beta in the umaze too.
+* The settings are ours, not the papers': a small network, minutes of training, and in the mazes LayerNorm in the
+  critic, a beta of 10 for IQL and GMPO and of 3 for GMPG. They were chosen by trying on seed 0 of the medium maze,
+  GMPG's beta in the umaze too.
 
 The commands, intervals and published figures are in [benchmarks/README.md](benchmarks/README.md).
 """
@@ -51,9 +51,10 @@ DETAILS = """Made by `python benchmarks/scores.py`, which also says what is run.
   those of whatever machine had the run, with other runs beside it, so compare them only roughly.
 * The rows at the end are over the sets, without the bandit, in which every method has at least two seeds.
 """
-PUBLISHED = """Published figures for D4RL's own sets, beside ours for another dataset of the same recipe. They show what
-is usual for this kind of task. Data, settings, budgets and protocols differ: ours reproduce none of them. CORL (arXiv:2210.07105) is a library of baselines,
-ReBRAC (arXiv:2305.09836) one of them. The papers of GMPO, GMPG and IDQL have no figures for Maze2D.
+PUBLISHED = """Published figures for D4RL's own sets, beside ours for another dataset of the same recipe. They show
+what is usual for this kind of task. Data, settings, budgets and protocols differ: ours reproduce none of them. CORL
+(arXiv:2210.07105) is a library of baselines, ReBRAC (arXiv:2305.09836) one of them. The papers of GMPO, GMPG and IDQL
+have no figures for Maze2D.
 """
 
 COMMANDS = """The commands of the first seed. They train. The table's scores were then made by the same file, with the

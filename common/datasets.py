@@ -21,7 +21,8 @@ import numpy as np
 import pooch
 import requests
 import torch
-from gymnasium.spaces import Box, Dict, Space, Tuple, flatdim, flatten
+from gymnasium.spaces import flatdim, flatten
+from gymnasium.vector.utils import batch_space, iterate
 from torch import Tensor
 
 from common import UserError, bandit, demo, environments, mazes, remade, robotics
@@ -233,16 +234,17 @@ def read_minari(name: str) -> dict[str, np.ndarray]:
     `transitions` drops, so that no step is lost. Raises UserError as `minari_dataset` does, and for damaged episodes.
     """
     dataset = minari_dataset(name)
-    action = dataset.action_space
+    obs_space, action = dataset.observation_space, dataset.action_space
     centre, half = (action.high + action.low) / 2, (action.high - action.low) / 2  # (A,) each
-    sizes = {"observations": (flatdim(dataset.observation_space),), "actions": action.shape, "rewards": ()}
+    sizes = {"observations": (flatdim(obs_space),), "actions": action.shape, "rewards": ()}
     n, end = dataset.total_steps + dataset.total_episodes, 0
     raw = {key: np.zeros((n, *shape), np.float32) for key, shape in sizes.items()}
     raw |= {key: np.zeros(n, bool) for key in ("terminals", "timeouts")}
     try:
         for episode in dataset:
             start, end = end, end + len(episode) + 1
-            raw["observations"][start:end] = _flat(dataset.observation_space, episode.observations)
+            stacked = iterate(batch_space(obs_space, end - start), episode.observations)
+            raw["observations"][start:end] = [flatten(obs_space, obs) for obs in stacked]
             raw["actions"][start : end - 1] = (episode.actions - centre) / half
             raw["rewards"][start : end - 1] = episode.rewards
             raw["terminals"][start : end - 1] = episode.terminations
@@ -253,14 +255,6 @@ def read_minari(name: str) -> dict[str, np.ndarray]:
         command = f"minari download {name.removeprefix(MINARI)}"
         raise UserError(f"{name} is damaged ({error}); get it again by: {command}") from None
     return raw
-
-
-def _flat(space: Space, values) -> np.ndarray:
-    """Observations of `space` as Minari stacks them -> (T, O), each as gymnasium.wrappers.FlattenObservation has it."""
-    if isinstance(space, Dict | Tuple):
-        parts = space.items() if isinstance(space, Dict) else enumerate(space)
-        return np.concatenate([_flat(part, values[key]) for key, part in parts], axis=1)
-    return values.reshape(len(values), -1) if isinstance(space, Box) else np.array([flatten(space, x) for x in values])
 
 
 def transitions(raw, name="", device="cpu", source="the data", reward_scale=None, own=False) -> Dataset:

@@ -54,11 +54,6 @@ def task(dataset_name: str) -> str | None:
     return name if name in ENVIRONMENTS else first if first in ENVIRONMENTS else None
 
 
-def default_episodes(name: str | None) -> int:
-    """Of an evaluation in `make(name)`: 100 in AntMaze, as in the literature, because a return there is 0 or 1."""
-    return 100 if (name or "").startswith("antmaze") else 10
-
-
 def evaluation_env(env: str, eval_env: str | None) -> str | None:
     """What `make` takes to score a policy of the dataset `env`: `eval_env` if given, else by its name, else None.
 
@@ -127,7 +122,7 @@ def make(name: str, render_mode: str | None = None, own_units: bool = False) -> 
         # old on purpose: locomotion's -v5 has other rewards and frictions than D4RL
         warnings.filterwarnings("ignore", r".*-v\d is out of date", DeprecationWarning)
         if name.startswith(MINARI):
-            env = _recover(name, options)
+            env = minari_dataset(name).recover_environment(eval_env=True, **options)
         elif name in robotics.ADROIT or name in robotics.KITCHEN:
             env = robotics.make(name, render_mode)
         else:  # mazes have their D4RL names in Gymnasium too
@@ -175,13 +170,6 @@ def _check_vectors(name: str, obs: Space, action: Space) -> None:
     flat = all(isinstance(space, Box) and len(space.shape) == 1 for space in (flat_obs, action))
     if not (flat and action.is_bounded() and action.dtype.kind == "f" and np.all(action.low < action.high)):
         raise UserError(f"{name} has observations {obs}, actions {action}: both must be vectors, actions real, bounded")
-
-
-def _recover(name: str, options: dict) -> gymnasium.Env:
-    dataset = minari_dataset(name)
-    if dataset.env_spec is None:
-        raise UserError(f"{name} does not say what its environment is; name another one by --eval-env")
-    return dataset.recover_environment(eval_env=True, **options)
 
 
 # A video

@@ -158,6 +158,12 @@ def test_every_argument_has_a_sentence(name):
         assert flag == "" or re.search(r"[A-Z}\]] \w.*|no-.* \w.*", sentence) or flag == "-h", entry
 
 
+@pytest.mark.parametrize("env, episodes", [("antmaze-umaze-v2", 100), ("hopper-medium-v2", 10), ("bandit", 10)])
+def test_antmaze_is_scored_over_100_episodes_unless_told_otherwise(env, episodes, tmp_path):
+    for given, expected in ((None, episodes), (3, 3)):
+        assert fill_in("gmpo", env=env, run_dir=tmp_path / "run", eval_episodes=given).eval_episodes == expected
+
+
 def test_the_first_lines_say_data_score_device_settings_and_phases(files, tmp_path):
     flags = tiny_flags("gmpo", env=str(files / "own.hdf5"), eval_env="Pendulum-v1", run_dir=tmp_path / "run")
     code, out, _ = command("gmpo", *flags, "--beta", "2")

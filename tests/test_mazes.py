@@ -241,7 +241,6 @@ def test_every_name():
         obs, _ = env.reset(seed=0)
         assert obs in env.observation_space and normalized_score(0.5, name) is not None
         assert environments.evaluation_env(name, None) == name.replace("remade", "v1")
-        assert environments.default_episodes(name) == (100 if "ant" in name else 10)
 
 
 def test_scores():

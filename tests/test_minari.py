@@ -207,7 +207,7 @@ def test_a_dataset_without_an_environment_is_trained_without_a_score(minari, cap
     name = store(minari, episode(minari, 0, [1, 2]))
     assert environments.evaluation_env(name, None) is None
     assert "is trained without a score" in capsys.readouterr().out
-    with pytest.raises(UserError, match="does not say what its environment is; name another one by --eval-env"):
+    with pytest.raises(UserError, match="Environment cannot be recovered when env_spec is None.*give another"):
         environments.make(name)
 
 

@@ -146,13 +146,13 @@ def test_the_compact_table_has_means_and_the_best_in_bold_once_all_methods_are_t
     for k, row in enumerate(tables.COLUMNS):
         put(tmp_path, "halfcheetah-demo", row, 60.0 + k, 70.0 + k, 80.0 + k)
         put(tmp_path, "bandit", row, 90.0)
-        put(tmp_path, "walker2d-medium-remade", row, 50.0 + k)  # one seed each: none is called the best
+        put(tmp_path, "maze2d-large-remade", row, 50.0 + k)  # one seed each: none is called the best
     put(tmp_path, "maze2d-umaze-remade", "iql", 40.0)
     short, long = pages(tmp_path)
     cells = [f"{70.0 + k} ± 10.0" for k in range(5)]
     assert f"| `halfcheetah-demo` | {' | '.join(cells[:4])} | **{cells[4]}** |" in short
     assert "| `bandit` | 90.0 | 90.0 | 90.0 | 90.0 | 90.0 |" in short  # each to a closed form of its own: none is best
-    assert "| `walker2d-medium-remade` | 50.0 | 51.0 | 52.0 | 53.0 | 54.0 |" in short
+    assert "| `maze2d-large-remade` | 50.0 | 51.0 | 52.0 | 53.0 | 54.0 |" in short
     assert "| `maze2d-umaze-remade` |  | 40.0 |  |  |  |" in short and "hopper" not in short
     assert "| `halfcheetah-demo` | GMPO | 72.0 ± 10.0 | 72.0 [62.0, 82.0] | 71.0 | 73.0 | 3 | 10 | 2.0 |" in long
     assert "| `maze2d-umaze-v1` | IQL | 42.1 | 40.0 | CORL |" in long and "hopper" not in long
@@ -165,7 +165,7 @@ def test_the_methods_are_compared_over_all_sets_that_are_complete(tmp_path):
             put(tmp_path, name, row, value, value)
     put(tmp_path, "maze2d-umaze-remade", "gmpg", 50.0, 50.0)  # alone there
     for row in tables.COLUMNS:
-        put(tmp_path, "walker2d-medium-remade", row, *[70.0] * (1 if row == "iql" else 2))  # IQL has one seed only
+        put(tmp_path, "maze2d-large-remade", row, *[70.0] * (1 if row == "iql" else 2))  # IQL has one seed only
     assert "| 2 sets without the bandit | GMPG | 20.0 | 20.0 [20.0, 20.0] |" in pages(tmp_path)[1]
 
 
