@@ -1,4 +1,4 @@
-"""D4RL's locomotion sets made anew, without a download: `hopper-medium-remade` and eight more, by agents of our own.
+"""D4RL's locomotion sets made anew, without a download: `hopper-medium-remade` and its like, by agents of our own.
 
 D4RL's recipe (Fu et al., arXiv:2004.07219): SAC is trained, the expert is the end of training, the medium agent is an
 early one with about a third of the expert's score, and the replay agents are those on the way to it. The sets hold
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common import UserError, environments
 
-FAMILIES = ("hopper",)
+FAMILIES = ("hopper", "walker2d")
 MAKERS = {  # what comes between the family and -remade: the agents of the set, each for an equal share, in this order
     "medium": ("medium",),
     "medium-replay": ("replay1", "replay2", "replay3", "replay4", "medium"),
