@@ -103,8 +103,8 @@ OURS = dict(
     layer_norm=True, eval_every=100,
 )  # fmt: skip
 
-# An argument that is None has the value of the dataset's entry, else that of "*". The entry has the dataset's name. If
-# none has: "own data" for a file, "x-remade", else "remade" for names like x-y-remade, "x" for other names like x-y.
+# An argument that is None has the value of the dataset's entry, else that of "*". The entry is "own data" for a file or
+# minari:; else that of its name; else for names like x-y-remade "x-remade" or "remade"; and for others like x-y "x".
 SETTINGS = {
     # The reference code's, but policy_steps, policy_batch_size, sampler_steps are ours: its up to 24 500 updates of
     # 40 960 states and 999 steps take months. Its KL is in bits a dimension, so beta here is its beta times A ln 2.
@@ -128,7 +128,7 @@ SETTINGS = {
                                 ("medium-diverse", 5e-6), ("large-play", 5e-6), ("large-diverse", 5e-6))
     },
     **{name: dict(beta=0.5) for name in ("kitchen", "pen", "hammer", "door", "relocate")},  # IQL's; the paper has none
-    "antmaze": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),  # the rest; -v1, -v2 have their -v0's
+    "antmaze": dict(critic_lr=1e-4, policy_lr=5e-6, expectile=0.9, beta=5.55),  # antmaze-eval; -v1, -v2 as their -v0
     # Ours: budgets of minutes, chosen by trying. "-remade": data made here by D4RL's recipe.
     "halfcheetah-demo": OURS | dict(critic_steps=15_000, behaviour_steps=10_000, policy_steps=400, policy_lr=1e-4,
                                     policy_batch_size=64, layer_norm=False, beta=2.0),
@@ -397,9 +397,9 @@ def policy_loss(
     action, log_pi = sample_with_log_density(policy, obs, args)
     log_mu, undo_error = log_density(behaviour, obs, action, args)
     q = critic.q(obs, action.clamp(-1, 1)).amin(0)  # (B,); outside of [-1, 1] there is no Q, and the KL alone pulls
-    known = undo_error < 1e-3  # else log mu is wrong, its gradient huge, and nothing holds Q: the sample counts 0
+    known = undo_error < 1e-3  # elsewhere log mu is wrong, and its gradient huge: such a sample counts 0
     loss = torch.where(known, -args.beta * q + log_pi - log_mu, 0.0).mean()
-    q, kl = (torch.where(known, x.detach(), 0.0).mean() for x in (q, log_pi - log_mu))  # for the log, likewise
+    q, kl = q.detach().mean(), torch.where(known, log_pi - log_mu, 0.0).detach().mean()  # for the log
     return loss, {"policy/loss": loss.detach(), "policy/q": q, "policy/kl": kl, "policy/undo_error": undo_error.max()}
 
 

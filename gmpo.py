@@ -104,8 +104,8 @@ class Args(RunArgs):
 # differs from the paper: on other data than D4RL's the net is a plain MLP, eleven times smaller
 OURS = dict(batch_size=256, policy_lr=1e-3, lr_decay=True, normalize_obs=True, network="mlp", layer_norm=True)
 
-# An argument that is None has the value of the dataset's entry, else that of "*". The entry has the dataset's name. If
-# none has: "own data" for a file, "x-remade", else "remade" for names like x-y-remade, "x" for other names like x-y.
+# An argument that is None has the value of the dataset's entry, else that of "*". The entry is "own data" for a file or
+# minari:; else that of its name; else for names like x-y-remade "x-remade" or "remade"; and for others like x-y "x".
 SETTINGS = {
     # The reference code's, its epochs turned into steps at its batch of 4096; sampler_steps and eval_every are ours.
     "*": dict(
@@ -129,7 +129,7 @@ SETTINGS = {
                            ("large-play", 16.0), ("large-diverse", 4.0))
     },
     **{name: dict(beta=0.5) for name in ("kitchen", "pen", "hammer", "door", "relocate")},  # IQL's: the paper has none
-    "antmaze": dict(expectile=0.9, beta=10.0),  # the rest; -v1, -v2 have their -v0's
+    "antmaze": dict(expectile=0.9, beta=10.0),  # antmaze-eval-*; -v1, -v2 have their -v0's
     # Ours: budgets of minutes, chosen by trying. "-remade": data made here by D4RL's recipe.
     "halfcheetah-demo": OURS | dict(
         critic_steps=15_000, layer_norm=False, policy_steps=10_000, beta=1.0, eval_every=2_500),

@@ -99,8 +99,8 @@ class Args(RunArgs):
 
 OURS = dict(policy_batch_size=256, normalize_obs=True, layer_norm=True, eval_every=10_000)  # for data not D4RL's
 
-# An argument that is None has the value of the dataset's entry, else that of "*". The entry has the dataset's name. If
-# none has: "own data" for a file, "x-remade", else "remade" for names like x-y-remade, "x" for other names like x-y.
+# An argument that is None has the value of the dataset's entry, else that of "*". The entry is "own data" for a file or
+# minari:; else that of its name; else for names like x-y-remade "x-remade" or "remade"; and for others like x-y "x".
 SETTINGS = {
     # The paper's text: two actor steps of 1024 for each critic step of 256. The authors' last code has other settings.
     "*": dict(

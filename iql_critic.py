@@ -85,8 +85,8 @@ class Args(RunArgs):
 
 
 OURS = dict(normalize_obs=True, layer_norm=True, eval_every=20_000)  # shared by the last three entries of SETTINGS
-# An argument that is None has the value of the dataset's entry, else that of "*". The entry has the dataset's name. If
-# none has: "own data" for a file, "x-remade", else "remade" for names like x-y-remade, "x" for other names like x-y.
+# An argument that is None has the value of the dataset's entry, else that of "*". The entry is "own data" for a file or
+# minari:; else that of its name; else for names like x-y-remade "x-remade" or "remade"; and for others like x-y "x".
 SETTINGS = {
     "*": dict(  # IQL's own
         critic_lr=3e-4, critic_steps=1_000_000, policy_steps=1_000_000, policy_lr=3e-4, lr_decay=True,

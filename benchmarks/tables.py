@@ -20,8 +20,8 @@ COLUMNS = ("cloning", "iql", "gmpo", "gmpg", "idql")
 MAZE = "maze2d-umaze-remade"  # the one in README's picture
 
 README = """Score of the last policy over 100 episodes, mean ± standard deviation over up to {seeds} seeds, or the score
-of one seed where there is no ±. The best method is bold where all have at least two. Cloning is GMPO that copies all
-actions of the data alike. All methods of a seed share one critic.
+of one seed where there is no ±. The best method is bold where every method has two seeds or more. Cloning is GMPO that
+copies all actions of the data alike. All methods of a seed share one critic.
 
 * `bandit`: for each method a formula gives the frequencies of actions that it should reach. The score is 100 minus the
   percentage of actions that would have to move to another group. So the row shows how exact a method is, not how much
@@ -33,8 +33,8 @@ actions of the data alike. All methods of a seed share one critic.
   about 0 in a maze, because nobody told those who made the data where the goal is.
 * IDQL takes the best of N samples (`--extraction argmax`); N is 16 on the bandit and 32 elsewhere.
 * The settings are ours, not the papers': a small network, minutes of training, and in the mazes LayerNorm in the
-  critic, a beta of 10 for IQL and of 3 for GMPO and GMPG. They were chosen by trying: the critic's in the medium maze
-  alone, the betas in the other mazes too, so that no maze is held out.
+  critic, a beta of 10 for IQL and of 3 for GMPO and GMPG. They were chosen by trying: the critic's in the medium maze,
+  GMPG's beta in the umaze too, GMPO's in all mazes.
 
 The commands, intervals and published figures are in [benchmarks/README.md](benchmarks/README.md).
 """
@@ -49,7 +49,7 @@ DETAILS = """Made by `python benchmarks/scores.py`, which also says what is run.
   chosen by its own score, and so promises too much.
 * **steps**, **minutes**: of one run. They leave out the critic's training where IQL's critic was used. The minutes are
   those of whatever machine had the run, with other runs beside it, so compare them only roughly.
-* The rows at the end are over the sets, without the bandit, in which every method has at least two seeds.
+* Rows at the end, once there are such, are over the sets in which every method has two seeds or more, without the bandit.
 """
 PUBLISHED = """Published figures for D4RL's own sets, beside ours for another dataset of the same recipe. They show
 what is usual for this kind of task. Data, settings, budgets and protocols differ: ours reproduce none of them. CORL
