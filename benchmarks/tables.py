@@ -49,7 +49,7 @@ DETAILS = """Made by `python benchmarks/scores.py`, which also says what is run.
   chosen by its own score, and so promises too much.
 * **steps**, **minutes**: of one run. They leave out the critic's training where IQL's critic was used. The minutes are
   those of whatever machine had the run, with other runs beside it, so compare them only roughly.
-* Rows at the end, once there are such, are over the sets in which every method has two seeds or more, without the bandit.
+* Rows at the end, once there are any, are over the sets, without the bandit, in which every method has two seeds.
 """
 PUBLISHED = """Published figures for D4RL's own sets, beside ours for another dataset of the same recipe. They show
 what is usual for this kind of task. Data, settings, budgets and protocols differ: ours reproduce none of them. CORL
