@@ -74,7 +74,7 @@ def evaluation_env(env: str, eval_env: str | None) -> str | None:
     except UserError as error:
         if name and (eval_env or not from_minari):
             raise
-        print(f"{env} is trained without a score: {error}")
+        print(f"{env} is trained without a score (see --eval-env): {error}")
         return None
     return name
 

@@ -206,7 +206,7 @@ def test_score_by_the_stored_references(minari):
 def test_a_dataset_without_an_environment_is_trained_without_a_score(minari, capsys):
     name = store(minari, episode(minari, 0, [1, 2]))
     assert environments.evaluation_env(name, None) is None
-    assert "is trained without a score" in capsys.readouterr().out
+    assert "is trained without a score (see --eval-env): " in capsys.readouterr().out
     with pytest.raises(UserError, match="Environment cannot be recovered when env_spec is None.*give another"):
         environments.make(name)
 
