@@ -232,7 +232,7 @@ def test_an_environment_that_cannot_be_made_does_not_stop_training(spec, problem
     metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"env_spec": spec.to_json()}))
     assert environments.evaluation_env(name, None) is None
     out = capsys.readouterr().out
-    assert f"{name} is trained without a score: " in out and problem in out and out.count("\n") == 1
+    assert f"{name} is trained without a score (see --eval-env): " in out and problem in out and out.count("\n") == 1
     assert len(load(name)) == 2
     with pytest.raises(UserError, match=f"'{name}' can't be made .*{problem}") as caught:
         environments.evaluation_env("hopper-medium-v2", name)  # asked for by --eval-env
