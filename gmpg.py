@@ -56,7 +56,7 @@ NAME = "gmpg"
 @dataclass
 class Args(RunArgs):
     critic: Path | None = None
-    """a run of iql_critic.py (its folder) whose critic is taken as it is, instead of training one"""
+    """a finished run of any of the four files (its folder); its critic is taken as it is, instead of training one"""
     critic_steps: Steps | None = None
     """gradient steps of the critic"""
     critic_lr: Amount | None = None
@@ -284,7 +284,7 @@ def d_alpha_sigma(t: Tensor, path: str) -> tuple[Tensor, Tensor]:
     """Their derivatives by t; sigma'_t of vp is infinite at t = 0."""
     alpha, sigma = alpha_sigma(t, path)
     if path == "vp":
-        # differs from the reference code: there alpha' lacks beta_0 = 0.1, and velocities denoise too little near 0
+        # differs from the reference code: there the 0.1 in alpha' is missing, and actions keep some noise near t = 0
         d_alpha = -0.5 * (0.1 + 19.9 * t) * alpha
         return d_alpha, -alpha * d_alpha / sigma  # from alpha^2 + sigma^2 = 1
     if path == "gvp":
@@ -499,7 +499,7 @@ def train(args: Args) -> dict:
         loss, metrics = policy_loss_fn(policy, behaviour, critic, obs, args)  # Eq. (14)
         policy_optimizer.zero_grad()
         loss.backward(inputs=list(policy.parameters()))  # mu and Q are left as they are
-        # differs from the reference code: no clipping there; one sample with a huge gradient can ruin a run
+        # differs from the reference code: gradients are clipped here; one sample with a huge one can ruin a run
         nn.utils.clip_grad_norm_(policy.parameters(), args.grad_norm)
         policy_optimizer.step()
         return metrics

@@ -58,7 +58,7 @@ NAME = "gmpo"
 @dataclass
 class Args(RunArgs):
     critic: Path | None = None
-    """a run of iql_critic.py (its folder) whose critic is taken as it is, instead of training one"""
+    """a finished run of any of the four files (its folder); its critic is taken as it is, instead of training one"""
     critic_steps: Steps | None = None
     """gradient steps of the critic"""
     critic_lr: Amount | None = None
@@ -284,7 +284,7 @@ def d_alpha_sigma(t: Tensor, path: str) -> tuple[Tensor, Tensor]:
     """Their derivatives by t; sigma'_t of vp is infinite at t = 0."""
     alpha, sigma = alpha_sigma(t, path)
     if path == "vp":
-        # differs from the reference code: there alpha' lacks beta_0 = 0.1, and velocities denoise too little near 0
+        # differs from the reference code: there the 0.1 in alpha' is missing, and actions keep some noise near t = 0
         d_alpha = -0.5 * (0.1 + 19.9 * t) * alpha
         return d_alpha, -alpha * d_alpha / sigma  # from alpha^2 + sigma^2 = 1
     if path == "gvp":
@@ -408,7 +408,7 @@ def sampled_policy_loss(
     policy: nn.Module, behaviour: tuple[nn.Module, Args], critic: Critic, obs: Tensor, args: Args
 ) -> tuple[Tensor, dict]:
     """Eq. (9). `behaviour` is a model of mu and its own arguments, from `load_net`."""
-    # differs from the reference code: its Eq. (9) crashes and, once mended, mixes up samples of different states
+    # differs from the reference code: there Eq. (9) crashes and, once mended, mixes samples of different states
     with torch.no_grad():
         repeated = obs.repeat_interleave(args.candidates, 0)  # (B K, O), the K rows of a state side by side
         action = sample(behaviour[0], repeated, behaviour[1]).clamp(-1, 1)  # (B K, A)

@@ -54,7 +54,7 @@ NAME = "idql"
 @dataclass
 class Args(RunArgs):
     critic: Path | None = None
-    """a run of iql_critic.py (its folder) whose critic is taken as it is, instead of training one"""
+    """a finished run of any of the four files (its folder); its critic is taken as it is, instead of training one"""
     critic_steps: Steps | None = None
     """gradient steps of the critic"""
     critic_lr: Amount | None = None

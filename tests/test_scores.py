@@ -147,13 +147,16 @@ def test_the_compact_table_has_means_and_the_best_in_bold_once_all_methods_are_t
         put(tmp_path, "halfcheetah-demo", row, 60.0 + k, 70.0 + k, 80.0 + k)
         put(tmp_path, "bandit", row, 90.0)
         put(tmp_path, "maze2d-large-remade", row, 50.0 + k)  # one seed each: none is called the best
+    put(tmp_path, "maze2d-medium-remade", "iql", 40.0, 42.0)
     put(tmp_path, "maze2d-umaze-remade", "iql", 40.0)
     short, long = pages(tmp_path)
     cells = [f"{70.0 + k} ± 10.0" for k in range(5)]
     assert f"| `halfcheetah-demo` | {' | '.join(cells[:4])} | **{cells[4]}** |" in short
-    assert "| `bandit` | 90.0 | 90.0 | 90.0 | 90.0 | 90.0 |" in short  # each to a closed form of its own: none is best
-    assert "| `maze2d-large-remade` | 50.0 | 51.0 | 52.0 | 53.0 | 54.0 |" in short
-    assert "| `maze2d-umaze-remade` |  | 40.0 |  |  |  |" in short and "hopper" not in short
+    cells = " | ".join(["90.0 (1)"] * 5)  # one seed of three; each to a closed form of its own: none is best
+    assert f"| `bandit` | {cells} |" in short
+    assert "| `maze2d-large-remade` | 50.0 (1) | 51.0 (1) | 52.0 (1) | 53.0 (1) | 54.0 (1) |" in short
+    assert "| `maze2d-medium-remade` |  | 41.0 ± 1.4 (2) |  |  |  |" in short
+    assert "| `maze2d-umaze-remade` |  | 40.0 (1) |  |  |  |" in short and "hopper" not in short
     assert "| `halfcheetah-demo` | GMPO | 72.0 ± 10.0 | 72.0 [62.0, 82.0] | 71.0 | 73.0 | 3 | 10 | 2.0 |" in long
     assert "| `maze2d-umaze-v1` | IQL | 42.1 | 40.0 | CORL |" in long and "hopper" not in long
     assert "On cpu, with torch 1; commit c." in long
