@@ -136,7 +136,7 @@ SETTINGS = {
                           layer_norm=False, policy_steps=200, beta=2.0, normalize_obs=False, eval_every=50),
     "maze2d-remade": OURS | dict(
         critic_steps=100_000, expectile=0.9, behaviour_steps=50_000, policy_steps=200, policy_batch_size=128, beta=3.0),
-    "remade": OURS | dict(critic_steps=200_000, behaviour_steps=100_000, policy_steps=1_000, beta=1.0),
+    "remade": OURS | dict(critic_steps=200_000, behaviour_steps=100_000, policy_steps=400, policy_lr=1e-4, beta=3.0),
     "own data": OURS | dict(
         critic_steps=100_000, behaviour_steps=100_000, behaviour_lr=3e-4, policy_steps=1_000, policy_lr=1e-4, beta=0.3,
     ),

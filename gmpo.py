@@ -136,7 +136,7 @@ SETTINGS = {
     "bandit": OURS | dict(critic_lr=1e-3, critic_steps=1_500, policy_steps=8_000, batch_size=128, policy_lr=6e-3,
         layer_norm=False, beta=2.0, normalize_obs=False, sampler_steps=32, eval_every=2_000),
     "maze2d-remade": OURS | dict(critic_steps=100_000, expectile=0.9, policy_steps=50_000, beta=3.0, eval_every=5_000),
-    "remade": OURS | dict(critic_steps=200_000, policy_steps=100_000, beta=1.0, eval_every=20_000),
+    "remade": OURS | dict(critic_steps=200_000, policy_steps=100_000, beta=3.0, eval_every=20_000),
     "own data": OURS | dict(critic_steps=100_000, policy_steps=100_000, policy_lr=3e-4, beta=0.3, eval_every=10_000),
 }  # fmt: skip
 

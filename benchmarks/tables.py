@@ -33,12 +33,12 @@ or more. Cloning is GMPO that copies all actions of the data alike. All methods 
   scale, on which 0 is a random policy and 100 an expert; in mazes that is a controller which often failed. Cloning has
   about 0 in a maze, because nobody told those who made the data where the goal is.
 * IDQL takes the best of N samples (`--extraction argmax`); N is 16 on the bandit and 32 elsewhere.
-* The settings are ours, not the papers': a small network, minutes of training, and in the mazes LayerNorm, which keeps
-  the critic from rising beyond the data, and a beta of 3 for GMPO and GMPG. They were tried on sets that are scored
-  here: the critic's in the medium maze, GMPG's beta in umaze and medium, GMPO's in all three. IQL's beta in the mazes
-  is 10, as in its paper's mazes.
-* The budgets are not equal. GMPG's policy takes 200 updates in the mazes, after 50,000 of copying, and 400 on the demo;
-  the others' policies take 10,000 to 100,000. One update of GMPG goes through the whole sampler.
+* The settings are ours, not the papers': a small network, minutes of training, and on the remade sets LayerNorm, which
+  keeps the critic from rising beyond the data, and a beta of 3 for GMPO and GMPG. They were tried on sets that are
+  scored here: the critic's in the medium maze, GMPG's beta in umaze, medium and hopper's medium-replay, GMPO's in all
+  three mazes and hopper's medium-replay. IQL's betas are its paper's, 10 in the mazes and 3 in locomotion.
+* The budgets are not equal. GMPG's policy takes 200 updates in the mazes and 400 elsewhere, after 10,000 to 100,000 of
+  copying; the others' policies take 10,000 to 200,000. One update of GMPG goes through the whole sampler.
 
 The commands, intervals and published figures are in [benchmarks/README.md](benchmarks/README.md).
 """
