@@ -284,7 +284,7 @@ def d_alpha_sigma(t: Tensor, path: str) -> tuple[Tensor, Tensor]:
     """Their derivatives by t; sigma'_t of vp is infinite at t = 0."""
     alpha, sigma = alpha_sigma(t, path)
     if path == "vp":
-        # differs from the reference code: there the 0.1 in alpha' is missing, and actions keep some noise near t = 0
+        # differs from the reference code: there the 0.1 in alpha' is missing, so that actions keep some noise
         d_alpha = -0.5 * (0.1 + 19.9 * t) * alpha
         return d_alpha, -alpha * d_alpha / sigma  # from alpha^2 + sigma^2 = 1
     if path == "gvp":
