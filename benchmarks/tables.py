@@ -36,8 +36,8 @@ or more. Cloning is GMPO that copies all actions of the data alike. All methods 
 * The settings are ours, not the papers': a small network, minutes of training, and on the remade sets LayerNorm, which
   keeps the critic from rising beyond the data, and a beta of 3 for GMPO and GMPG. They were tried on sets that are
   scored here: the critic's in the medium maze, GMPG's beta in umaze, medium and hopper's medium-replay, GMPO's in all
-  three mazes and hopper's medium-replay. On the remade sets IQL's betas are its paper's, 10 in the mazes (AntMaze's) and
-  3 in locomotion.
+  three mazes and hopper's medium-replay. On the remade sets IQL's betas are its paper's, 10 in the mazes (AntMaze's)
+  and 3 in locomotion.
 * The budgets are not equal. GMPG's policy takes 200 or 400 updates, after 8,000 to 100,000 of copying; the others'
   policies take 1,500 to 200,000. One update of GMPG goes through the whole sampler.
 
