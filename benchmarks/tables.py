@@ -60,7 +60,9 @@ PUBLISHED = """Published figures for D4RL's own sets, beside ours for another da
 what is usual for this kind of task. Data, settings, budgets and protocols differ: ours reproduce none of them. CORL
 (arXiv:2210.07105) is a library of baselines, ReBRAC (arXiv:2305.09836) one of them. The papers of GMPO, GMPG and IDQL
 have no figures for Maze2D. D4RL's medium-replay sets hold all that an agent did while it learned, ours what five
-snapshots of an agent do. Whether that is why our scores are so much lower there is not known.
+snapshots of an agent do. On hopper the difference is large: in D4RL's set (version 1) 302 of 1,151 recorded episodes
+last to the end of their 1,000 steps (D4RL's issue 86), in ours none of 3,103 does (its column `timeouts` is False in
+every row). So nothing in our data shows how to hop on to the end, and the scores there are much lower.
 """
 
 COMMANDS = """The commands of the first seed. They train. The table's scores were then made by the same file, with the
