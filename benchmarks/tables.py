@@ -25,19 +25,20 @@ or more. Cloning is GMPO that copies all actions of the data alike. All methods 
 
 * `bandit`: for each method a formula gives how often each of the eight groups should be hit, each action counting for
   the group nearest to it. The score is 100 minus the percentage of actions that would have to move to another group. So
-  the row shows how exact a method is, not how much reward it gets, and has no winner: IDQL's choice of the best gets
-  the most reward. IQL's number is for its critic: the data's actions, drawn again with the weights of Eq. (11) in the
-  section "From equation to line". Its Gaussian cannot cover eight groups and is not scored. 4096 actions are drawn.
+  the row shows how exact a method is, not how much reward it gets, and no winner is marked. IQL's number is for its
+  critic: the data's actions, drawn again with the weights of Eq. (11) in the section "From equation to line". Its
+  Gaussian cannot cover eight groups and is not scored. 4096 actions are drawn.
 * `halfcheetah-demo`: 100 is the undisturbed runner. A policy can be a little better than that.
 * Names that end in `remade`: the data are made here by D4RL's recipe, and are not D4RL's own. The score has D4RL's
   scale, on which 0 is a random policy and 100 an expert; in mazes that is a controller which often failed. Cloning has
   about 0 in a maze, because nobody told those who made the data where the goal is.
-* IDQL takes the best of N samples (`--extraction argmax`); N is 16 on the bandit and 32 elsewhere.
-* The settings are ours, not the papers': a small network, minutes of training, and on the remade sets LayerNorm, which
-  keeps the critic from rising beyond the data, and a beta of 3 for GMPO and GMPG. They were tried on sets that are
-  scored here: the critic's in the medium maze, GMPG's beta in umaze, medium and hopper's medium-replay, GMPO's in all
-  three mazes and hopper's medium-replay. On the remade sets IQL's betas are its paper's, 10 in the mazes (AntMaze's)
-  and 3 in locomotion.
+* IQL acts by the mean of its Gaussian; cloning, GMPO and GMPG by one sample of their policy; IDQL by the best of N
+  samples (`--extraction argmax`), where N is 16 on the bandit and 32 elsewhere.
+* The settings are ours, not the papers': a small network, minutes to an hour of training, and on the remade sets
+  LayerNorm, which rescales the outputs of each layer and keeps the critic from rising beyond the data, and a beta of 3
+  for GMPO and GMPG. They were tried on sets that are scored here: the critic's in the medium maze, GMPG's beta in
+  umaze, medium and hopper's medium-replay, GMPO's in all three mazes and hopper's medium-replay. On the remade sets
+  IQL's betas are its paper's, 10 in the mazes and 3 for hopping and walking robots.
 * The budgets are not equal. GMPG's policy takes 200 or 400 updates, after 8,000 to 100,000 of copying; the others'
   policies take 1,500 to 200,000. One update of GMPG goes through the whole sampler.
 
@@ -60,9 +61,9 @@ PUBLISHED = """Published figures for D4RL's own sets, beside ours for another da
 what is usual for this kind of task. Data, settings, budgets and protocols differ: ours reproduce none of them. CORL
 (arXiv:2210.07105) is a library of baselines, ReBRAC (arXiv:2305.09836) one of them. The papers of GMPO, GMPG and IDQL
 have no figures for Maze2D. D4RL's medium-replay sets hold all that an agent did while it learned, ours what five
-snapshots of an agent do. On hopper the difference is large: in D4RL's set (version 1) 302 of 1,151 recorded episodes
+snapshots of an agent do. On hopper the difference is large: in version 1 of D4RL's set 302 of 1,151 recorded episodes
 last to the end of their 1,000 steps (D4RL's issue 86), in ours none of 3,103 does (its column `timeouts` is False in
-every row). So nothing in our data shows how to hop on to the end, and the scores there are much lower.
+every row). So nothing in our data shows how to hop on to the end. This probably explains most of the difference.
 """
 
 COMMANDS = """The commands of the first seed. They train. The table's scores were then made by the same file, with the
