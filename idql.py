@@ -265,8 +265,7 @@ class Critic(nn.Module):
 def f(u: Tensor, args: Args) -> Tensor:
     """The asymmetric loss of Eq. (1), elementwise, at u = Q - V."""
     if args.critic_loss == "exponential":  # exp(alpha u) - alpha u, its exponential continued linearly above linex_max
-        x = args.linex_alpha * u
-        knee = math.log(args.linex_max)
+        x, knee = args.linex_alpha * u, math.log(args.linex_max)
         return torch.exp(x.clamp(max=knee)) + args.linex_max * (x - knee).clamp(min=0) - x
     share = torch.where(u > 0, args.expectile, 1 - args.expectile)
     return share * u.square() if args.critic_loss == "expectile" else share * u.abs()

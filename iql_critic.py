@@ -3,10 +3,8 @@
     python iql_critic.py                                         halfcheetah-demo, made on the spot, minutes on a laptop
     python iql_critic.py --env bandit                            a problem with a known answer, seconds
     python iql_critic.py --env halfcheetah-medium-expert-v2      D4RL's data, physics and score
-    python gmpo.py --critic runs/halfcheetah-demo/iql_critic/seed0   GMPO, GMPG, IDQL take this critic
 
-Papers: Kostrikov et al., "Offline Reinforcement Learning with Implicit Q-Learning", arXiv:2110.06169 (IQL: the file's
-defaults); Hansen-Estruch et al., "IDQL: ...", arXiv:2304.10573 (any convex f).
+Papers: IQL, Kostrikov et al., arXiv:2110.06169 (the defaults); IDQL, Hansen-Estruch et al., arXiv:2304.10573 (other f).
 
 Offline RL: D holds transitions (s, a, r, s', d) of an unknown behaviour policy mu(a|s), and nothing more is ever
 collected. A critic that is asked what an action outside the data is worth invents an answer. IQL never asks: V is
@@ -49,6 +47,8 @@ NAME = "iql_critic"
 
 @dataclass
 class Args(RunArgs):
+    critic: Path | None = None
+    """a finished run of any of the four files (its folder); its critic is taken as it is, instead of training one"""
     critic_steps: Steps | None = None
     """gradient steps of the critic"""
     critic_lr: Amount | None = None
@@ -69,7 +69,7 @@ class Args(RunArgs):
     """share of the new weights in Eq. (3)"""
 
     policy_steps: Steps | None = None
-    """gradient steps of the policy, trained beside the critic from the first step on"""
+    """gradient steps of the policy, trained beside the critic from the first step on, or alone with --critic"""
     policy_lr: Amount | None = None
     """Adam's learning rate for the policy"""
     lr_decay: bool | None = None
@@ -195,8 +195,7 @@ class Critic(nn.Module):
 def f(u: Tensor, args: Args) -> Tensor:
     """The asymmetric loss of Eq. (1), elementwise, at u = Q - V."""
     if args.critic_loss == "exponential":  # exp(alpha u) - alpha u, its exponential continued linearly above linex_max
-        x = args.linex_alpha * u
-        knee = math.log(args.linex_max)
+        x, knee = args.linex_alpha * u, math.log(args.linex_max)
         return torch.exp(x.clamp(max=knee)) + args.linex_max * (x - knee).clamp(min=0) - x
     share = torch.where(u > 0, args.expectile, 1 - args.expectile)
     return share * u.square() if args.critic_loss == "expectile" else share * u.abs()
@@ -271,9 +270,8 @@ def policy_loss(policy: GaussianPolicy, critic: Critic, batch: datasets.Batch, a
         advantage = critic.target_q(batch.obs, batch.action).amin(0) - critic.v(batch.obs)  # Q' for Q, as in IQL
         weight = weights(advantage, args)  # (B,)
     loss = -(weight * policy(batch.obs).log_prob(batch.action).sum(-1)).mean()
-    clipped = (weight >= args.weight_max).float().mean()
-    metrics = {"policy/weight": weight.mean(), "policy/clipped": clipped, "policy/ess": effective_share(weight)}
-    return loss, {"policy/loss": loss.detach(), **metrics}
+    metrics = {"policy/weight": weight.mean(), "policy/clipped": (weight >= args.weight_max).float().mean()}
+    return loss, {"policy/loss": loss.detach(), "policy/ess": effective_share(weight), **metrics}
 
 
 def act(policy: GaussianPolicy, obs: Tensor) -> Tensor:
@@ -326,6 +324,8 @@ def train(args: Args) -> dict:
     policy = GaussianPolicy(data.obs_dim, data.action_dim, args.dropout).to(args.device)
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, policy)
+    if args.critic:
+        trained.load_critic(critic, args)  # refused if its f, gamma or data differ; `prepare` made critic_steps 0
 
     adam = dict(fused=True, capturable=args.cudagraph)
     critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)

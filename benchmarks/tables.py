@@ -28,17 +28,18 @@ or more. Cloning is GMPO that copies all actions of the data alike. All methods 
   the row shows how exact a method is, not how much reward it gets, and no winner is marked. IQL's number is for its
   critic: the data's actions, drawn again with the weights of Eq. (11) in the section "From equation to line". Its
   Gaussian cannot cover eight groups and is not scored. 4096 actions are drawn.
-* `halfcheetah-demo`: 100 is the undisturbed runner. A policy can be a little better than that.
-* Names that end in `remade`: the data are made here by D4RL's recipe, and are not D4RL's own. The score has D4RL's
+* `halfcheetah-demo`: 100 is the undisturbed runner. A policy can be better than that.
+* Names that end in `remade`: the data are made here after D4RL's recipe, and are not D4RL's own. The score has D4RL's
   scale, on which 0 is a random policy and 100 an expert; in mazes that is a controller which often failed. Cloning has
   about 0 in a maze, because nobody told those who made the data where the goal is.
 * IQL acts by the mean of its Gaussian; cloning, GMPO and GMPG by one sample of their policy; IDQL by the best of N
   samples (`--extraction argmax`), where N is 16 on the bandit and 32 elsewhere.
 * The settings are ours, not the papers': a small network, minutes to an hour of training, and on the remade sets
-  LayerNorm, which rescales the outputs of each layer and keeps the critic from rising beyond the data, and a beta of 3
-  for GMPO and GMPG. They were tried on sets that are scored here: the critic's in the medium maze, GMPG's beta in
-  umaze, medium and hopper's medium-replay, GMPO's in all three mazes and hopper's medium-replay. On the remade sets
-  IQL's betas are its paper's, 10 in the mazes and 3 for hopping and walking robots.
+  LayerNorm, which rescales the outputs of each layer and makes the critic rise less beyond the data, and a beta of 3
+  for GMPO and GMPG. They were tried on sets that are scored here: the critic's in the medium maze, GMPG's beta and
+  budget in umaze, medium and hopper's medium-replay, GMPO's beta in all three mazes and hopper's medium-replay, the
+  demo's and the bandit's settings on these sets themselves. On the remade sets IQL's betas are its paper's, 10 in the
+  mazes and 3 for hopping and walking robots.
 * The budgets are not equal. GMPG's policy takes 200 or 400 updates, after 8,000 to 100,000 of copying; the others'
   policies take 1,500 to 200,000. One update of GMPG goes through the whole sampler.
 
@@ -50,27 +51,30 @@ DETAILS = """Made by `python benchmarks/scores.py`, which also says what is run.
   variation) to each method's own closed form; IQL's is that of the policy that its critic implies, not of its Gaussian.
 * **IQM, 95 %**: the interquartile mean, for which the lowest and the highest quarter of the values are left out, with
   the interval that drawing the seeds again at random gives. A quarter of three seeds is less than one of them, so that
-  none is left out in a single set. From three seeds the interval is a rough guide.
+  none is left out in a single set. With three seeds the interval is just the lowest and the highest of them, which is
+  less than 95 %.
 * **last**, **best**: of the evaluations during training, which have ten episodes, means over seeds. The best one is
   chosen by its own score, and so promises too much.
 * **steps**, **minutes**: of one run. They leave out the critic's training where IQL's critic was used. The minutes are
-  those of whatever machine had the run, with other runs beside it, so compare them only roughly.
+  those of whatever machine had the run, with other runs beside it, and one of IDQL's runs on the bandit and one on the
+  demo, and cloning's in the mazes, had a GPU. So compare them only roughly.
 * Rows at the end, once there are any, are over the sets, without the bandit, in which every method has two seeds.
 """
-PUBLISHED = """Published figures for D4RL's own sets, beside ours for another dataset of the same recipe. They show
+PUBLISHED = """Published figures for D4RL's own sets, beside ours for another dataset of much the same recipe. They show
 what is usual for this kind of task. Data, settings, budgets and protocols differ: ours reproduce none of them. CORL
 (arXiv:2210.07105) is a library of baselines, ReBRAC (arXiv:2305.09836) one of them. The papers of GMPO, GMPG and IDQL
 have no figures for Maze2D. D4RL's medium-replay sets hold all that an agent did while it learned, ours what five
-snapshots of an agent do. On hopper the difference is large: in version 1 of D4RL's set 302 of 1,151 recorded episodes
-last to the end of their 1,000 steps (D4RL's issue 86), in ours none of 3,103 does (its column `timeouts` is False in
-every row). So nothing in our data shows how to hop on to the end. This probably explains most of the difference.
+snapshots of an agent do. In ours none of hopper's 3,103 episodes reaches the end of its 1,000 steps (`timeouts` is
+False in every row), so that nothing there shows how to hop on to the end. How many do in D4RL's was not counted, and
+whether this is why our scores are so much lower was not tested.
 """
 
 COMMANDS = """The commands of the first seed. They train. The table's scores were then made by the same file, with the
 same `--run-dir` and with `--eval-only --eval-episodes 100`. `results/<set>/<method>/seed<k>.json` has the command, the
 versions and both evaluations of every seed. IQL's runs in the mazes were begun on a GPU and finished on a CPU, from
 about 73,000 steps on; their minutes are those of both. A command shows with `--cudagraph` or `--device cpu` where a run
-was begun; without either it was on a CPU.
+was begun; without either it was on a CPU. `-dirty` behind a commit says that files had been changed and not committed:
+new result files in most cases. In e6a6632-dirty it was LayerNorm and the mazes' expectile, which 31f05b9 has.
 """
 
 # ------------------------------------------------------------------------------------------------------------------

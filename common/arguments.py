@@ -177,7 +177,7 @@ def fill_in(args, settings: dict, algorithm: str):
         for rule in (rule for part in (kind, *get_args(kind)) for rule in getattr(part, "__metadata__", ())):
             if value is not None and not (isinstance(value, int | float) and rule.holds(value)):
                 raise UserError(f"--{field.replace('_', '-')} {value}: {rule.words}")
-    if getattr(args, "critic", None):
+    if args.critic:
         args.critic_steps = 0
     choose_device(args)
     args.eval_env = environments.evaluation_env(args.env, args.eval_env)

@@ -14,7 +14,6 @@ import io
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -52,13 +51,13 @@ def write(path: Path, content: bytes | dict) -> None:
 
 
 def origin() -> dict:
-    """Where a result comes from: command, versions, commit."""
+    """Where a result comes from: command, versions, commit, with -dirty if code was changed after it."""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}  # torch's own tells CPU from CUDA
     versions |= {name: version(name) for name in ("numpy", "gymnasium", "mujoco", "h5py")}
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    git = 'git describe --always && (git diff --quiet HEAD -- "*.py" "*.npz" || echo dirty)'  # says nothing without git
+    said = subprocess.run(git, shell=True, cwd=Path(__file__).parents[1], capture_output=True, text=True).stdout
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return {"command": command, "versions": versions, "commit": commit or None}
+    return {"command": command, "versions": versions, "commit": "-".join(said.split()) or None}
 
 
 def captured(update: Callable[[], dict], warm_up: int = 3) -> Callable[[], dict]:

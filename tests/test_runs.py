@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -450,6 +451,22 @@ def test_a_computer_without_git_trains_all_the_same(files, tmp_path, monkeypatch
     monkeypatch.setenv("PATH", "")
     train("gmpo", env=str(files / "own.hdf5"), run_dir=tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["commit"] is None
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_commit_is_dirty_after_a_change_of_code_but_not_of_results(tmp_path, monkeypatch):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-C", tmp_path]
+    for name in ("common/runs.py", "gmpo.py", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "common" / "runs.py"))
+    (tmp_path / "README.md").write_text("2")
+    clean = runs.origin()["commit"]
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    (tmp_path / "gmpo.py").write_text("2")
+    assert runs.origin()["commit"] == f"{clean}-dirty"
 
 
 def test_own_data_with_a_gymnasium_environment_report_a_raw_return(files, tmp_path):

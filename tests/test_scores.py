@@ -77,9 +77,7 @@ def test_every_command_is_short_and_one_that_its_file_takes(tmp_path):
         if not job.again:
             assert (args.env, args.seed) == (job.set, job.seed)
             alone = job.row in ("iql", "cloning")
-            assert getattr(args, "critic", None) == (
-                None if alone else Path(f"runs/scores/{job.set}/iql/seed{job.seed}")
-            )
+            assert args.critic == (None if alone else Path(f"runs/scores/{job.set}/iql/seed{job.seed}"))
         more = {flag for flag in flags if flag[:2] == "--"} - {"--env", "--seed", "--critic", "--run-dir"}
         assert more <= {"--beta", "--critic-steps", "--path", "--extraction", "--eval-only"}
 

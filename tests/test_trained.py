@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from running import FILES, differences, draw_nothing, load, tiny_args, train, write_data
+from running import FILES, differences, draw_nothing, load, train, write_data
 
 from common import UserError, datasets, trained
 
@@ -159,7 +159,7 @@ def test_load_checkpoint_runs_no_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if hasattr(tiny_args(name), "critic")])
+@pytest.mark.parametrize("name", FILES)
 def test_a_trained_critic_is_taken_as_it_is_with_its_normalisation(name, tmp_path, monkeypatch):
     draw_nothing(monkeypatch)
     changes = dict(env=str(write_data(tmp_path / "own.hdf5")))
