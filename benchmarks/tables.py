@@ -64,7 +64,7 @@ PUBLISHED = """Published figures for D4RL's own sets, beside ours for another da
 what is usual for this kind of task. Data, settings, budgets and protocols differ: ours reproduce none of them. CORL
 (arXiv:2210.07105) is a library of baselines, ReBRAC (arXiv:2305.09836) one of them. The papers of GMPO, GMPG and IDQL
 have no figures for Maze2D. D4RL's medium-replay sets hold all that an agent did while it learned, ours what five
-snapshots of an agent do. In ours none of hopper's 3,103 episodes reaches the end of its 1,000 steps (`timeouts` is
+snapshots of an agent do. In ours none of the 3,103 hopping episodes reaches the end of its 1,000 steps (`timeouts` is
 False in every row), so that nothing there shows how to hop on to the end. How many do in D4RL's was not counted, and
 whether this is why our scores are so much lower was not tested.
 """
