@@ -100,6 +100,11 @@ def read(folder: Path, name: str, row: str) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(paths, key=lambda path: int(path.stem[4:]))]
 
 
+def shown(rows: dict[str, list]) -> dict[str, list]:
+    """The results of a set as README shows them: IQL's are those with a beta of 3, where there are any."""
+    return rows | {"iql": rows.get("iql-beta3") or rows["iql"]}
+
+
 def scores(records: list[dict]) -> np.ndarray:
     """The number of the tables, of every seed."""
     return np.array([score(record["eval"]) for record in records])
@@ -178,7 +183,8 @@ def detailed_table(found: dict) -> str:
                 ]
                 values = scores(records)
                 body.append([f"`{name}`", label(row), mean_and_spread(values), iqm_cell([values]), *numbers])
-    whole = [rows for name, rows in found.items() if name != "bandit" and all(len(rows[row]) > 1 for row in COLUMNS)]
+    whole = [shown(rows) for name, rows in found.items() if name != "bandit"]
+    whole = [rows for rows in whole if all(len(rows[row]) > 1 for row in COLUMNS)]
     for row in COLUMNS if len(whole) > 1 else ():
         samples = [scores(rows[row]) for rows in whole]
         mean = f"{np.mean([sample.mean() for sample in samples]):.1f}"
@@ -280,7 +286,7 @@ def sample_bandit(folder: Path, count: int = 600) -> None:
 
 def sample_maze(folder: Path, episodes: int = 8) -> None:
     """The policies' ways through MAZE, every third step, from the runs of seed 0 in `folder` if they are there."""
-    runs = {row: folder / f"runs/scores/{MAZE}/{row}/seed0" for row in COLUMNS}
+    runs = {row: folder / f"runs/scores/{MAZE}/{'iql-beta3' if row == 'iql' else row}/seed0" for row in COLUMNS}
     if not all((run / "result.json").exists() for run in runs.values()):
         return
     import torch
@@ -345,7 +351,9 @@ def write_pages(folder: Path, sets: dict[str, list[str]]) -> None:
     found = {name: {row: read(folder, name, row) for row in rows} for name, rows in sets.items()}
     found = {name: rows for name, rows in found.items() if any(rows.values())}
     seeds = max((len(records) for rows in found.values() for records in rows.values()), default=3)
-    short, long = [README.format(seeds=seeds), compact_table(found, seeds)], [DETAILS, detailed_table(found)]
+    long, typed = [DETAILS, detailed_table(found)], commands(found)
+    found = {name: shown(rows) for name, rows in found.items()}
+    short = [README.format(seeds=seeds), compact_table(found, seeds)]
     if found:
         save(curves(found), results / "curves.png")
         text = (
@@ -360,6 +368,6 @@ def write_pages(folder: Path, sets: dict[str, list[str]]) -> None:
     if (results / "bandit/samples.json").exists():
         save(scatter(json.loads((results / "bandit/samples.json").read_text())), results / "bandit.png")
         long.append("Samples on the bandit:\n\n![samples on the bandit](results/bandit.png)\n")
-    long += [published_table(found), commands(found)]
+    long += [published_table(found), typed]
     for (path, (before, after)), parts in zip(check_pages(folder).items(), (short, long)):
         write(path, before + "\n".join(part for part in parts if part) + after)
