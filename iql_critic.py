@@ -353,7 +353,7 @@ def train(args: Args) -> dict:
         critic_update, policy_update = runs.captured(critic_update), runs.captured(policy_update)
     total = max(args.critic_steps, args.policy_steps)  # the two are trained side by side, in one phase
     run = runs.Run(  # saves and restores what it is given by name, besides args and the data's sizes
-        args, NAME, data, {"critic and policy": total}, critic=critic, policy=policy,
+        args, NAME, data, {"policy" if args.critic else "critic and policy": total}, critic=critic, policy=policy,
         critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer, policy_schedule=policy_schedule,
     )  # fmt: skip
     start = run.restore()  # loads the checkpoint if there is one; returns how many steps are done
