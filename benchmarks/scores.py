@@ -1,7 +1,7 @@
 """The score table: train every method on every set, score it, and write tables and pictures.
 
     python benchmarks/scores.py                                   everything that is missing; days on two cores
-    python benchmarks/scores.py --sets bandit halfcheetah-demo    these sets alone, in minutes
+    python benchmarks/scores.py --sets bandit halfcheetah-demo    these sets alone, in some hours
     python benchmarks/scores.py --folder again                    all of it anew, with its own results and pages
     python benchmarks/scores.py --workers 12 --flags=--cudagraph  on a GPU, which a dozen runs share
     python benchmarks/scores.py --tables-only                     tables and pictures from the results that are there
