@@ -13,7 +13,7 @@ collected. GMPO (gmpo.py) re-weights the data's actions; GMPG climbs to the same
 gradient of E[Q(s, a)] - KL(pi || mu) / beta, through every step of the sampler that made the action. In order:
 
   critic (IQL, arXiv:2110.06169)
-    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f(u) = |tau - 1[u < 0]| u^2 punishes a V that is too low
+    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f(u) = |tau - 1[u < 0]| u^2 punishes a low V more
     (2)  L_Q = E_D[ sum_i (r + gamma (1 - d) V(s') - Q_i(s, a))^2 ]
     (3)  Q' <- (1 - target_rate) Q' + target_rate Q          the target critic follows slowly
   generative model of actions; time runs from t = 0, the action, to t = 1, the noise eps ~ N(0, I)
@@ -103,8 +103,8 @@ OURS = dict(
     layer_norm=True, eval_every=100,
 )  # fmt: skip
 
-# An argument that is None has the value of the dataset's entry, else that of "*". The entry is "own data" for a file or
-# minari:; else that of its name; else for names like x-y-remade "x-remade" or "remade"; and for others like x-y "x".
+# An argument that is None takes its value from the dataset's entry, or from "*" if that has none. The entry is that of
+# its name, else of x-y-remade "x-remade" or "remade", else of x-y "x"; for a file or minari:NAME it is "own data".
 SETTINGS = {
     # The reference code's, but policy_steps, policy_batch_size, sampler_steps are ours: its up to 24 500 updates of
     # 40 960 states and 999 steps take months. Its KL is in bits a dimension, so beta here is its beta times A ln 2.
@@ -245,7 +245,7 @@ class PaperNet(nn.Module):
         self.embed = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 128))
         self.down = nn.ModuleList([PaperBlock(action_dim, 512), PaperBlock(512, 256), PaperBlock(256, 128)])
         self.middle = PaperBlock(128, 128)
-        self.up = nn.ModuleList([PaperBlock(256, 256), PaperBlock(512, 512)])
+        self.up = nn.ModuleList([PaperBlock(256, 256), PaperBlock(512, 512)])  # in: half from below, half skipped
         self.head = nn.Linear(1024, action_dim)
 
     def forward(self, x: Tensor, t: Tensor, obs: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ def make_policy(obs_dim: int, action_dim: int, args: Args) -> nn.Module:
 
 def alpha_sigma(t: Tensor, path: str) -> tuple[Tensor, Tensor]:
     """alpha_t and sigma_t of Eq. (4), of t's shape."""
-    if path == "vp":  # beta_t = 0.1 + 19.9 t and alpha_t = exp(-1/2 int_0^t beta)
+    if path == "vp":  # b_t = 0.1 + 19.9 t and alpha_t = exp(-1/2 int_0^t b)
         log_alpha = -19.9 / 4 * t**2 - 0.1 / 2 * t
         return log_alpha.exp(), torch.sqrt(-torch.expm1(2 * log_alpha))  # 1 - alpha^2 would lose digits near t = 0
     if path == "gvp":
@@ -366,7 +366,7 @@ def log_normal(z: Tensor) -> Tensor:
 
 def sample_with_log_density(net: nn.Module, obs: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """An action and its log pi(a|s), Eqs. (12) and (13): (B, O) -> (B, A), (B,)."""
-    # differs from the reference code: it solves three ODEs in 999 steps and estimates determinants; here the Euler
+    # differs from the reference code: it solves three ODEs in 999 steps and estimates traces; here the Euler
     # steps themselves are the policy, so that its density is exact
     z = torch.randn(len(obs), net.action_dim, device=obs.device, dtype=obs.dtype)
     log_pi = log_normal(z)
@@ -384,9 +384,9 @@ def log_density(net: nn.Module, obs: Tensor, action: Tensor, args: Args) -> tupl
     for t, t_next in reversed(times(obs, args)):
         z_next, step = z, euler_step(net, obs, t, t_next)
         z = samplers.invert(step, z_next)  # by Newton's method; its gradient is that of the inverse function
-        again, jacobian = samplers.with_jacobian(step, z)
+        redone, jacobian = samplers.with_jacobian(step, z)
         log_dets = log_dets + torch.linalg.slogdet(jacobian).logabsdet
-        undo_error = torch.maximum(undo_error, (again - z_next).detach().abs().amax(-1))
+        undo_error = torch.maximum(undo_error, (redone - z_next).detach().abs().amax(-1))
     return log_normal(z) - log_dets, undo_error
 
 
@@ -397,10 +397,11 @@ def policy_loss(
     action, log_pi = sample_with_log_density(policy, obs, args)
     log_mu, undo_error = log_density(behaviour, obs, action, args)
     q = critic.q(obs, action.clamp(-1, 1)).amin(0)  # (B,); outside of [-1, 1] there is no Q, and the KL alone pulls
-    known = undo_error < 1e-3  # elsewhere log mu is wrong, and its gradient huge: such a sample counts 0
-    loss = torch.where(known, -args.beta * q + log_pi - log_mu, 0.0).mean()
-    q, kl = q.detach().mean(), torch.where(known, log_pi - log_mu, 0.0).detach().mean()  # for the log
-    return loss, {"policy/loss": loss.detach(), "policy/q": q, "policy/kl": kl, "policy/undo_error": undo_error.max()}
+    undone = undo_error < 1e-3  # elsewhere log mu is wrong, and its gradient huge: such a sample counts 0
+    loss = torch.where(undone, -args.beta * q + log_pi - log_mu, 0.0).mean()
+    kl = torch.where(undone, log_pi - log_mu, 0.0).detach().mean()
+    metrics = {"policy/q": q.detach().mean(), "policy/kl": kl, "policy/undo_error": undo_error.max()}
+    return loss, {"policy/loss": loss.detach(), **metrics}
 
 
 def act(policy: nn.Module, obs: Tensor, args: Args) -> Tensor:
@@ -466,7 +467,7 @@ def train(args: Args) -> dict:
         fit_normalizers(data.obs, critic, behaviour)
     policy = copy.deepcopy(behaviour)  # it gets mu's weights again when mu is trained, in the loop
     if args.critic:
-        trained.load_critic(critic, args)  # refused if its f, gamma or data differ; `prepare` made critic_steps 0
+        trained.load_critic(critic, args)  # refused if its tau, gamma or data differ; `prepare` made critic_steps 0
 
     adam = dict(fused=True, capturable=args.cudagraph)
     critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)
@@ -508,8 +509,7 @@ def train(args: Args) -> dict:
         critic_update, behaviour_update = runs.captured(critic_update), runs.captured(behaviour_update)
         policy_update = runs.captured(policy_update)
     run = runs.Run(  # saves and restores what it is given by name, besides args and the data's sizes
-        args, NAME, data,
-        {"critic": args.critic_steps, "behaviour": args.behaviour_steps, "policy": args.policy_steps},
+        args, NAME, data, {"critic": args.critic_steps, "behaviour": args.behaviour_steps, "policy": args.policy_steps},
         critic=critic, behaviour=behaviour, policy=policy, critic_optimizer=critic_optimizer,
         behaviour_optimizer=behaviour_optimizer, behaviour_schedule=behaviour_schedule,
         policy_optimizer=policy_optimizer,

@@ -15,7 +15,7 @@ pi*(a|s) = mu(a|s) exp(beta (Q(s, a) - V(s))) / Z(s). GMPO fits a generative mod
 the data in the model's ordinary training loss; Z(s), the same for all actions of a state, is left out. In order:
 
   critic (IQL, arXiv:2110.06169)
-    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f(u) = |tau - 1[u < 0]| u^2 punishes a V that is too low
+    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f(u) = |tau - 1[u < 0]| u^2 punishes a low V more
     (2)  L_Q = E_D[ sum_i (r + gamma (1 - d) V(s') - Q_i(s, a))^2 ]
     (3)  Q' <- (1 - target_rate) Q' + target_rate Q          the target critic follows slowly
   generative model of actions; time runs from t = 0, the action, to t = 1, the noise eps ~ N(0, I)
@@ -104,8 +104,8 @@ class Args(RunArgs):
 # differs from the paper: on other data than D4RL's the net is a plain MLP, eleven times smaller
 OURS = dict(batch_size=256, policy_lr=1e-3, lr_decay=True, normalize_obs=True, network="mlp", layer_norm=True)
 
-# An argument that is None has the value of the dataset's entry, else that of "*". The entry is "own data" for a file or
-# minari:; else that of its name; else for names like x-y-remade "x-remade" or "remade"; and for others like x-y "x".
+# An argument that is None takes its value from the dataset's entry, or from "*" if that has none. The entry is that of
+# its name, else of x-y-remade "x-remade" or "remade", else of x-y "x"; for a file or minari:NAME it is "own data".
 SETTINGS = {
     # The reference code's, its epochs turned into steps at its batch of 4096; sampler_steps and eval_every are ours.
     "*": dict(
@@ -243,7 +243,7 @@ class PaperNet(nn.Module):
         self.embed = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 128))
         self.down = nn.ModuleList([PaperBlock(action_dim, 512), PaperBlock(512, 256), PaperBlock(256, 128)])
         self.middle = PaperBlock(128, 128)
-        self.up = nn.ModuleList([PaperBlock(256, 256), PaperBlock(512, 512)])
+        self.up = nn.ModuleList([PaperBlock(256, 256), PaperBlock(512, 512)])  # in: half from below, half skipped
         self.head = nn.Linear(1024, action_dim)
 
     def forward(self, x: Tensor, t: Tensor, obs: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ PREDICTS = {"vp": "noise", "gvp": "velocity", "icfm": "velocity"}
 
 def alpha_sigma(t: Tensor, path: str) -> tuple[Tensor, Tensor]:
     """alpha_t and sigma_t of Eq. (4), of t's shape."""
-    if path == "vp":  # beta_t = 0.1 + 19.9 t and alpha_t = exp(-1/2 int_0^t beta)
+    if path == "vp":  # b_t = 0.1 + 19.9 t and alpha_t = exp(-1/2 int_0^t b)
         log_alpha = -19.9 / 4 * t**2 - 0.1 / 2 * t
         return log_alpha.exp(), torch.sqrt(-torch.expm1(2 * log_alpha))  # 1 - alpha^2 would lose digits near t = 0
     if path == "gvp":
@@ -331,7 +331,7 @@ def sample(net: nn.Module, obs: Tensor, args: Args, noise_scale: float = 1.0) ->
     if args.solver in ("euler", "midpoint", "rk4"):
         return samplers.ode(lambda x, t: velocity(net, x, t, obs, args.path), x, args.sampler_steps, args.solver)
     solver = {"ddim": samplers.ddim, "dpmpp": samplers.dpm_solver_pp, "sde": samplers.sde}[args.solver]
-    schedule = partial(alpha_sigma, path=args.path)
+    schedule = partial(alpha_sigma, path=args.path)  # t -> alpha_t, sigma_t
     return solver(lambda x, t: noise_prediction(net, x, t, obs, args.path), schedule, x, args.sampler_steps)
 
 
@@ -376,9 +376,8 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 
 @torch.no_grad()
 def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
-    """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
-    # Q - V, as in GMPO's and IDQL's code; only IQL's own policy_loss has Q' - V
-    chunks = zip(data.obs.split(65_536), data.action.split(65_536))
+    """min_i Q_i(s, a) - V(s) of every transition, (N,), as in GMPO's code; IQL's and IDQL's own have Q' - V."""
+    chunks = zip(data.obs.split(65_536), data.action.split(65_536))  # to spare memory
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
 
@@ -405,13 +404,13 @@ def policy_loss(policy: nn.Module, batch: datasets.Batch, weight: Tensor, args: 
 
 
 def sampled_policy_loss(
-    policy: nn.Module, behaviour: tuple[nn.Module, Args], critic: Critic, obs: Tensor, args: Args
+    policy: nn.Module, behaviour: nn.Module, behaviour_args: Args, critic: Critic, obs: Tensor, args: Args
 ) -> tuple[Tensor, dict]:
-    """Eq. (9). `behaviour` is a model of mu and its own arguments, from `load_net`."""
+    """Eq. (9). `behaviour` is a model of mu, with arguments of its own, from `load_net`."""
     # differs from the reference code: there Eq. (9) crashes and, once mended, mixes samples of different states
     with torch.no_grad():
         repeated = obs.repeat_interleave(args.candidates, 0)  # (B K, O), the K rows of a state side by side
-        action = sample(behaviour[0], repeated, behaviour[1]).clamp(-1, 1)  # (B K, A)
+        action = sample(behaviour, repeated, behaviour_args).clamp(-1, 1)  # (B K, A)
         q = critic.q(repeated, action).amin(0).view(-1, args.candidates)  # (B, K)
         weight = torch.softmax(args.beta * q, -1).flatten()  # (B K,)
     loss = (weight * matching_loss(policy, repeated, action, args)).sum() / len(obs)
@@ -477,8 +476,8 @@ def train(args: Args) -> dict:
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, policy)
     if args.critic:
-        trained.load_critic(critic, args)  # refused if its f, gamma or data differ; `prepare` made critic_steps 0
-    behaviour = load_net(args.behaviour, args.device) if args.behaviour else None  # the model of mu of Eq. (9)
+        trained.load_critic(critic, args)  # refused if its tau, gamma or data differ; `prepare` made critic_steps 0
+    behaviour = load_net(args.behaviour, args.device) if args.behaviour else None  # Eq. (9)'s net of mu, its arguments
 
     adam = dict(fused=True, capturable=args.cudagraph)
     critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)
@@ -496,14 +495,14 @@ def train(args: Args) -> dict:
         update_target(critic.target_q, critic.q, args.target_rate)  # Eq. (3)
         return metrics
 
-    weight = None  # of every transition, (N,): set below, when the critic's steps are done
+    weight = None  # of every transition, (N,): the loop below sets it, when the critic is trained
 
     def policy_update() -> dict:
         index = torch.randint(len(data), (args.batch_size,), device=args.device)
         if behaviour is None:
             loss, metrics = policy_loss_fn(policy, data[index], weight[index], args)  # Eq. (8)
         else:
-            loss, metrics = sampled_policy_loss(policy, behaviour, critic, data.obs[index], args)  # Eq. (9), uncompiled
+            loss, metrics = sampled_policy_loss(policy, *behaviour, critic, data.obs[index], args)  # Eq. (9)
         policy_optimizer.zero_grad()
         loss.backward()
         policy_optimizer.step()
@@ -518,7 +517,7 @@ def train(args: Args) -> dict:
     start = run.restore()  # loads the checkpoint if there is one; returns how many steps are done
     actor = partial(act_fn, policy, args=args)  # (B, O) -> (B, A)
     if args.eval_only:  # print the scores, write eval.json, with --video play once more
-        return run.show(evaluate(actor, run, args), actor)  # prints the scores; plays once more with --video
+        return run.show(evaluate(actor, run, args), actor)
 
     for step, phase in run.steps(start):  # all steps of a phase, then those of the next; step counts on, from 1
         if phase == "critic":

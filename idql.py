@@ -14,7 +14,7 @@ collected. IQL's V is the value of a policy that its critic never writes down, t
 down when it acts: sample N actions of a model of mu, then choose among them by the critic. In order:
 
   critic
-    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f(u) = |tau - 1[u < 0]| u^2 punishes a V that is too low
+    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f(u) = |tau - 1[u < 0]| u^2 punishes a low V more
     (2)  L_Q = E_D[ sum_i (r + gamma (1 - d) V(s') - Q_i(s, a))^2 ]
     (3)  Q' <- (1 - target_rate) Q' + target_rate Q          the target critic follows slowly
   generative model of the behaviour, in T steps of discrete time; t = -1 is the action, t = T - 1 almost noise
@@ -62,12 +62,12 @@ class Args(RunArgs):
     layer_norm: bool | None = None
     """LayerNorm in Q and V (arXiv:2302.02948), without which they may grow without bound away from the data"""
     critic_loss: Literal["expectile", "quantile", "exponential"] = "expectile"
-    """f of Eq. (1)"""
+    """f of Eq. (1); quantile takes --expectile for its tau too, and 0.5 is then the median"""
     expectile: Inside | None = None
     """tau of Eq. (1): 0.5 is the mean over the data's actions, towards 1 it becomes the best of them"""
-    linex_alpha: Amount = 1.0
+    linex_alpha: arguments.Positive = 1.0
     """alpha of the exponential loss, f(u) = exp(alpha u) - alpha u"""
-    linex_max: Count = 6
+    linex_max: arguments.AtLeast2 = 6
     """where exp(alpha u) reaches this value, a straight line takes its place, so that no outlier rules the gradient"""
     discount: Share = 0.99
     """gamma"""
@@ -77,7 +77,7 @@ class Args(RunArgs):
     diffusion_steps: Count | None = None
     """T"""
     dropout: Share = 0.1
-    """of the network's blocks, in training"""
+    """share of the diffusion model's hidden units that are set to 0 in training, at random"""
     ema_rate: Share | None = None
     """share of the new weights in the averaged network, the one that is sampled"""
     extraction: Literal["argmax", "implicit", "softmax"] | None = None
@@ -90,17 +90,17 @@ class Args(RunArgs):
     policy_steps: Steps | None = None
     """gradient steps of the policy"""
     policy_lr: Amount | None = None
-    """Adam's learning rate for the policy"""
+    """Adam's learning rate for the policy; it falls to 0 along a cosine"""
     batch_size: Count | None = None
     """transitions a gradient step"""
     policy_batch_size: Count | None = None
-    """the same of the diffusion model"""
+    """transitions a gradient step of the policy, which is the diffusion model"""
 
 
 OURS = dict(policy_batch_size=256, normalize_obs=True, layer_norm=True, eval_every=10_000)  # for data not D4RL's
 
-# An argument that is None has the value of the dataset's entry, else that of "*". The entry is "own data" for a file or
-# minari:; else that of its name; else for names like x-y-remade "x-remade" or "remade"; and for others like x-y "x".
+# An argument that is None takes its value from the dataset's entry, or from "*" if that has none. The entry is that of
+# its name, else of x-y-remade "x-remade" or "remade", else of x-y "x"; for a file or minari:NAME it is "own data".
 SETTINGS = {
     # The paper's text: two actor steps of 1024 for each critic step of 256. The authors' last code has other settings.
     "*": dict(
@@ -317,7 +317,7 @@ def implicit_target(args: Args) -> Tensor:
 
 
 def policy_loss(policy: nn.Module, batch: datasets.Batch, args: Args) -> tuple[Tensor, dict]:
-    """Eq. (16): plain behaviour cloning, the critic has no part in it."""
+    """Eq. (16): plain behaviour cloning, so that `policy` is a model of mu. The critic comes in when it acts."""
     t = torch.randint(args.diffusion_steps, batch.reward.shape, device=batch.obs.device)  # (B,)
     eps = torch.randn_like(batch.action)
     bar = (1 - betas(args, batch.obs.device)).cumprod(0)[t, None]  # (B, 1)

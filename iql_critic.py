@@ -11,7 +11,7 @@ collected. A critic that is asked what an action outside the data is worth inven
 fitted to Q at the data's actions, by an asymmetric loss, so that it becomes the value of a policy better than mu.
 
   critic
-    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f(u) = |tau - 1[u < 0]| u^2 punishes a V that is too low
+    (1)  L_V = E_D[ f(min_i Q'_i(s, a) - V(s)) ]             f(u) = |tau - 1[u < 0]| u^2 punishes a low V more
     (2)  L_Q = E_D[ sum_i (r + gamma (1 - d) V(s') - Q_i(s, a))^2 ]
     (3)  Q' <- (1 - target_rate) Q' + target_rate Q          the target critic follows slowly
   policy
@@ -56,12 +56,12 @@ class Args(RunArgs):
     layer_norm: bool | None = None
     """LayerNorm in Q and V (arXiv:2302.02948), without which they may grow without bound away from the data"""
     critic_loss: Literal["expectile", "quantile", "exponential"] = "expectile"
-    """f of Eq. (1)"""
+    """f of Eq. (1); quantile takes --expectile for its tau too, and 0.5 is then the median"""
     expectile: Inside | None = None
     """tau of Eq. (1): 0.5 is the mean over the data's actions, towards 1 it becomes the best of them"""
-    linex_alpha: Amount = 1.0
+    linex_alpha: arguments.Positive = 1.0
     """alpha of the exponential loss, f(u) = exp(alpha u) - alpha u"""
-    linex_max: Count = 6
+    linex_max: arguments.AtLeast2 = 6
     """where exp(alpha u) reaches this value, a straight line takes its place, so that no outlier rules the gradient"""
     discount: Share = 0.99
     """gamma"""
@@ -85,8 +85,8 @@ class Args(RunArgs):
 
 
 OURS = dict(normalize_obs=True, layer_norm=True, eval_every=20_000)  # shared by the last three entries of SETTINGS
-# An argument that is None has the value of the dataset's entry, else that of "*". The entry is "own data" for a file or
-# minari:; else that of its name; else for names like x-y-remade "x-remade" or "remade"; and for others like x-y "x".
+# An argument that is None takes its value from the dataset's entry, or from "*" if that has none. The entry is that of
+# its name, else of x-y-remade "x-remade" or "remade", else of x-y "x"; for a file or minari:NAME it is "own data".
 SETTINGS = {
     "*": dict(  # IQL's own
         critic_lr=3e-4, critic_steps=1_000_000, policy_steps=1_000_000, policy_lr=3e-4, lr_decay=True,
@@ -224,9 +224,8 @@ def update_target(target: nn.Module, online: nn.Module, target_rate: float) -> N
 
 @torch.no_grad()
 def advantages(critic: Critic, data: datasets.Dataset) -> Tensor:
-    """min_i Q_i(s, a) - V(s) of every transition, (N,); in chunks, to spare memory."""
-    # Q - V, as in GMPO's and IDQL's code; only IQL's own policy_loss has Q' - V
-    chunks = zip(data.obs.split(65_536), data.action.split(65_536))
+    """min_i Q_i(s, a) - V(s) of every transition, (N,), as in GMPO's code; IQL's and IDQL's own have Q' - V."""
+    chunks = zip(data.obs.split(65_536), data.action.split(65_536))  # to spare memory
     return torch.cat([critic.q(obs, action).amin(0) - critic.v(obs) for obs, action in chunks])
 
 
@@ -298,7 +297,7 @@ def load_policy(path: str | Path, device: str = "cpu") -> Callable:
 @torch.no_grad()
 def evaluate(actor: Callable, critic: Critic, policy: GaussianPolicy, run: runs.Run, args: Args) -> dict:
     """The scores of `actor`, `act` of this policy, over args.eval_episodes episodes. The bandit's two best actions lie
-    opposite, so a Gaussian must fail: it is only drawn, and the data's actions, resampled by Eq. (11), are scored."""
+    opposite, so a Gaussian must fail: it is only plotted, and the data's actions, resampled by Eq. (11), are scored."""
     with torch.random.fork_rng():  # training goes on as if there had been no evaluation
         torch.manual_seed(args.seed + run.step)  # the step that `train` is at
         if args.env != "bandit":

@@ -23,9 +23,10 @@ class Rule(NamedTuple):
 
 
 Count = Annotated[int, Rule(lambda n: n >= 1, "must be at least 1")]
+AtLeast2 = Annotated[int, Rule(lambda n: n >= 2, "must be at least 2")]
 Steps = Annotated[int, Rule(lambda n: 0 <= n < 2**63, "must not be negative, and be less than 2^63")]
 Amount = Annotated[float, Rule(lambda x: 0 <= x < math.inf, "must be a finite number that is not negative")]
-Factor = Annotated[float, Rule(lambda x: 0 < x < math.inf, "must be a finite number above 0")]
+Positive = Annotated[float, Rule(lambda x: 0 < x < math.inf, "must be a finite number above 0")]
 Share = Annotated[float, Rule(lambda x: 0 <= x <= 1, "must lie between 0 and 1")]
 Inside = Annotated[float, Rule(lambda x: 0 < x < 1, "must lie between 0 and 1, and be neither")]
 
@@ -56,7 +57,7 @@ class RunArgs:
     """play one episode into the run folder, as video.mp4, when the run is finished or with --eval-only"""
     allow_unverified: bool = False
     """accept a D4RL file whose checksum is not the published one"""
-    reward_scale: Factor | None = None
+    reward_scale: Positive | None = None
     """multiply the data's rewards by this, 1: as they are; None: the rule of the dataset's task"""
     rescale_actions: bool = False
     """own data's actions are in the units of --eval-env: map its bounds to [-1, 1]"""

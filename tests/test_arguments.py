@@ -282,6 +282,8 @@ def test_a_word_in_a_numbers_place_is_refused():  # from Python, or a config.jso
 
 @pytest.mark.parametrize("kind, good, bad", [
     (arguments.Count, [1, 7], [0, -1]),
+    (arguments.AtLeast2, [2, 7], [1, 0]),
+    (arguments.Positive, [1e-9, 1e9], [0, -1, math.inf, math.nan]),
     (arguments.Steps, [0, 7], [-1]),
     (arguments.Amount, [0, 1e9], [-1e-9, math.inf, math.nan]),
     (arguments.Share, [0, 0.3, 1], [-0.1, 1.1, math.nan]),
@@ -331,8 +333,13 @@ BAD_CRITIC = {
     "--env {files}/own.hdf5 --critic {files}/damaged.pt": "damaged.pt is not a whole checkpoint",
     "--env {files}/own.hdf5 --critic {files}/foreign.pt": "foreign.pt",
 }
+BAD_LOSS = {  # each would leave V or the choice among candidates without a gradient or a weight
+    "--env bandit --critic-loss exponential --linex-max 1": "--linex-max 1: must be at least 2",
+    "--env bandit --critic-loss exponential --linex-alpha 0": "--linex-alpha 0.0: must be a finite number above 0",
+}
 MISTAKES = [(FILES[k % len(FILES)], flags, BAD[flags]) for k, flags in enumerate(BAD)]  # in turn: the code is common
 MISTAKES += [(name, flags, BAD_CRITIC[flags]) for flags in BAD_CRITIC for name in FILES[::3]]
+MISTAKES += [(name, flags, BAD_LOSS[flags]) for flags in BAD_LOSS for name in ("iql_critic", "idql")]
 
 
 @pytest.mark.parametrize("name, flags, message", MISTAKES)

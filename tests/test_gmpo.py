@@ -293,7 +293,7 @@ def test_sampled_policy_loss_is_eq_9_by_hand_with_the_critic_and_the_model_of_mu
     own = args_of(solver="ddim", sampler_steps=3)  # of the model of mu
     behaviour = gmpo.make_policy(3, 2, own)
     torch.manual_seed(6)
-    loss, metrics = gmpo.sampled_policy_loss(policy, (behaviour, own), critic, obs, args)
+    loss, metrics = gmpo.sampled_policy_loss(policy, behaviour, own, critic, obs, args)
     torch.manual_seed(6)
     repeated = torch.stack([s for s in obs for _ in range(4)])
     action = gmpo.sample(behaviour, repeated, own).clamp(-1, 1).detach()
@@ -314,7 +314,7 @@ def test_candidates_belong_to_their_state():
     policy, obs = Net(lambda x, t, s: seen.append((x, t[:, None], s)) or torch.zeros_like(x)), dataset().obs
     args, critic = args_of(path="icfm", solver="euler", sampler_steps=4, candidates=5), make_critic()
     torch.manual_seed(2)
-    gmpo.sampled_policy_loss(policy, (at_the_state, args), critic, obs, args)
+    gmpo.sampled_policy_loss(policy, at_the_state, args, critic, obs, args)
     torch.manual_seed(2)
     _, eps, (x, t, s) = torch.randn(200, 2), torch.randn(200, 2), seen[0]
     assert torch.equal(s, torch.stack([row for row in obs for _ in range(5)]))

@@ -133,7 +133,7 @@ def test_gmpos_run_on_sampled_actions_is_its_steps_from_anothers_critic_and_beha
     adam = torch.optim.Adam(policy.parameters(), args.policy_lr)
     for _ in range(STEPS):
         obs = data.obs[torch.randint(len(data), (args.batch_size,))]
-        descend(adam, gmpo.sampled_policy_loss(policy, (behaviour, clones), critic, obs, args)[0])
+        descend(adam, gmpo.sampled_policy_loss(policy, behaviour, clones, critic, obs, args)[0])
     check(checkpoint, critic=critic, policy=policy)
 
 
