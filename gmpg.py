@@ -467,7 +467,7 @@ def train(args: Args) -> dict:
         fit_normalizers(data.obs, critic, behaviour)
     policy = copy.deepcopy(behaviour)  # it gets mu's weights again when mu is trained, in the loop
     if args.critic:
-        trained.load_critic(critic, args)  # refused if its tau, gamma or data differ; `prepare` made critic_steps 0
+        trained.load_critic(critic, args, data.facts)  # refused if its tau, gamma or data differ; critic_steps is 0
 
     adam = dict(fused=True, capturable=args.cudagraph)
     critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)

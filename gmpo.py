@@ -476,7 +476,7 @@ def train(args: Args) -> dict:
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, policy)
     if args.critic:
-        trained.load_critic(critic, args)  # refused if its tau, gamma or data differ; `prepare` made critic_steps 0
+        trained.load_critic(critic, args, data.facts)  # refused if its tau, gamma or data differ; critic_steps is 0
     behaviour = load_net(args.behaviour, args.device) if args.behaviour else None  # Eq. (9)'s net of mu, its arguments
 
     adam = dict(fused=True, capturable=args.cudagraph)

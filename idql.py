@@ -401,7 +401,7 @@ def train(args: Args) -> dict:
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, policy)
     if args.critic:
-        trained.load_critic(critic, args)  # refused if its f, gamma or data differ; `prepare` made critic_steps 0
+        trained.load_critic(critic, args, data.facts)  # refused if its f, gamma or data differ; critic_steps is 0
     ema = copy.deepcopy(policy).requires_grad_(False).eval()  # the average of the weights, the net that acts
 
     adam = dict(fused=True, capturable=args.cudagraph)

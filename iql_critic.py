@@ -324,7 +324,7 @@ def train(args: Args) -> dict:
     if args.normalize_obs:
         fit_normalizers(data.obs, critic, policy)
     if args.critic:
-        trained.load_critic(critic, args)  # refused if its f, gamma or data differ; `prepare` made critic_steps 0
+        trained.load_critic(critic, args, data.facts)  # refused if its f, gamma or data differ; critic_steps is 0
 
     adam = dict(fused=True, capturable=args.cudagraph)
     critic_optimizer = torch.optim.Adam([*critic.q.parameters(), *critic.v.parameters()], lr=args.critic_lr, **adam)

@@ -67,8 +67,6 @@ class RunArgs:
     """gradient steps between two evaluations"""
     eval_episodes: Count | None = None
     """episodes an evaluation, all in lock-step; None: 100 in AntMaze, else 10"""
-    eval_steps: Count = 1000
-    """the longest episode in an environment that has no time limit"""
     log_every: Count = 1000
     """gradient steps between two lines of metrics"""
     save_every: Count = 10_000
@@ -92,7 +90,7 @@ def main(algorithm: str, train: Callable, args_type: type, settings: dict) -> No
     except (UserError, TrainingError) as error:
         code, text = 2 if isinstance(error, UserError) else 1, f"error: {error}"
     except (OSError, MemoryError, RuntimeError) as error:  # a full disk or memory, nobody who reads the output
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         code, text = 1, f"error: {' '.join(str(error).split()) or repr(error):.250}; mend that, then --resume goes on"
     except Interrupted as stop:
@@ -144,10 +142,9 @@ def prepare(args, settings: dict, algorithm: str) -> tuple:
         args.env, args.device, args.eval_env, args.allow_unverified, args.reward_scale, args.rescale_actions
     )
     if args.eval_env:
-        datasets.check_sizes(data, environments.make(args.eval_env))
-    model = getattr(args, "behaviour", None)
-    if model and (old := trained.load_checkpoint(model)["args"]["env"]) != args.env:
-        raise UserError(f"the model in {model} is one with --env {old}, not {args.env}; give the same")
+        datasets.check_sizes(data, args.eval_env)
+    if model := getattr(args, "behaviour", None):
+        trained.check_data(trained.load_checkpoint(model), data.facts)
     score = f"{args.eval_env}, {args.eval_episodes} episodes" if args.eval_env else "none, see --eval-env"
     score = "against the closed form" if args.env == "bandit" else score
     print("\n".join([*data.describe(), f"score: {score}; device: {args.device}"]))

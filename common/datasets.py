@@ -32,7 +32,7 @@ from common.environments import MINARI, minari_dataset
 RANKS = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1, "timeouts": 1}
 NEXT = "next_observations"  # read in own files only: D4RL's rule ignores those of its files
 ACTION_LIMIT = 1 - 1e-5  # atanh and log-densities at exactly 1 are infinite
-UNSCALED = (*robotics.ADROIT, "adroit", "kitchen", "maze2d")
+UNSCALED = (*robotics.ADROIT, "kitchen", "maze2d", "pointmaze")  # pointmaze: Minari's name of maze2d
 # the longest episode of a D4RL task, by the beginning of its name; 1000 for all others
 STEP_LIMITS = robotics.ADROIT | {"kitchen": 280} | {name: task.max_steps for name, task in mazes.TASKS.items()}
 # name of a dataset that is made at first use -> what writes its file, given the name and a path
@@ -138,12 +138,11 @@ def load(name_or_path, device="cpu", eval_env=None, allow_unverified=False, rewa
     return transitions(raw, task, device, source, reward_scale, own)
 
 
-def check_sizes(dataset: Dataset, env) -> None:
-    """Raises UserError unless observations and actions fit the spaces of `env`, a gymnasium Env or VectorEnv."""
-    name = env.spec.id if getattr(env, "spec", None) else "the environment"
+def check_sizes(dataset: Dataset, name: str) -> None:
+    """Raises UserError unless observations and actions have the sizes of those in environments.make(name)."""
+    env = environments.make(name)
     for what, size in (("observation", dataset.obs_dim), ("action", dataset.action_dim)):
-        space = getattr(env, f"single_{what}_space", None) or getattr(env, f"{what}_space")
-        if space.shape != (size,):
+        if (space := getattr(env, f"{what}_space")).shape != (size,):
             sizes = f"the dataset's {what}s have size {size}, but those of {name} are {space}"
             raise UserError(f"{sizes}; choose the dataset or the --eval-env that matches")
 
@@ -275,6 +274,9 @@ def transitions(raw, name="", device="cpu", source="the data", reward_scale=None
         jumps[:-1] = ~np.isclose(raw[NEXT][:-1], obs[1:]).all(1)
     if timeouts is None and jumps.any():
         timeouts = np.zeros_like(jumps)
+    elif timeouts is None and own:
+        how = "mark each episode's last step there, or write zeros if every episode ends in a terminal"
+        raise UserError(f"{source} has no timeouts, so that episodes would run into each other; {how}")
     elif timeouts is None:
         limit = next((n for task, n in STEP_LIMITS.items() if f"{name}-".startswith(f"{task}-")), 1000)
         print(f"{source} has no timeouts: an episode is taken to end after {limit} steps or at a terminal")
@@ -288,7 +290,7 @@ def transitions(raw, name="", device="cpu", source="the data", reward_scale=None
     if not keep.any():
         raise UserError(f"{source}: every row is a timeout or the last one, so that no transition is left; mend them")
     returns = None
-    if jumps.mean() < 0.5:  # each episode's sum of kept rewards; one without a kept row has none
+    if jumps.mean() < 0.05:  # more may be rows in no order. Each episode's sum of kept rewards; none without a kept row
         last = terminals | timeouts | jumps
         episode = (np.cumsum(last) - last)[keep]
         returns = np.add.reduceat(reward[keep].astype(np.float64), np.flatnonzero(np.diff(episode, prepend=-1)))

@@ -26,6 +26,7 @@ from gymnasium.wrappers import FlattenObservation, RescaleAction, TransformActio
 from common import UserError, mazes, robotics
 from common.physics import restore_capsules, restore_contacts
 
+LIMIT = 1000  # steps of an episode in an environment that has no limit of its own
 MINARI = "minari:"  # before the name of a dataset of the optional package minari
 LOCOMOTION = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
 LOCOMOTION["halfcheetah-demo"] = "HalfCheetah-v4"  # another score, the same task
@@ -216,20 +217,19 @@ def renderer() -> str | None:
 
 
 @torch.no_grad()
-def rollout(actor: Callable, name: str, episodes: int, seed: int, device="cpu", limit=1000) -> tuple:
+def rollout(actor: Callable, name: str, episodes: int, seed: int, device="cpu") -> tuple:
     """Play E episodes in `make(name)`, all in lock-step, with one call of `actor` a step, (E, O) -> (E, A) in [-1, 1].
 
     Returns their undiscounted returns (E,) and, for mazes, two lists: each episode's way (T, 2) and its goal (2,).
-    `limit` ends episodes of an environment that has no limit of its own.
     """
     envs = gymnasium.vector.SyncVectorEnv([partial(make, name)] * episodes)
-    own_limit = getattr(envs.envs[0].spec, "max_episode_steps", None)
-    if not own_limit:
-        print(f"{name} has no time limit: an episode ends after {limit} steps (--eval-steps)")
+    limit = getattr(envs.envs[0].spec, "max_episode_steps", None)
+    if not limit:
+        print(f"{name} has no time limit: an episode ends after {LIMIT} steps; register it with max_episode_steps")
     obs, _ = envs.reset(seed=np.random.SeedSequence(seed).generate_state(episodes).tolist())
     goals = [env.unwrapped.target for env in envs.envs] if name in mazes.TASKS else []
     total, over, ways = np.zeros(episodes), np.zeros(episodes, bool), [[] for _ in goals]
-    for _ in range(own_limit or limit):
+    for _ in range(limit or LIMIT):
         for k in np.flatnonzero(~over[: len(ways)]):
             ways[k].append(obs[k, :2])
         action = actor(torch.as_tensor(obs, dtype=torch.float32, device=device))
@@ -249,7 +249,7 @@ def score_metrics(returns: np.ndarray, name: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def record(actor: Callable, name: str, seed: int, folder: Path, device="cpu", limit=1000) -> None:
+def record(actor: Callable, name: str, seed: int, folder: Path, device="cpu") -> None:
     """One episode in `make(name)` as video.mp4 in `folder`, played as by `rollout`; `check_video` comes first."""
     import imageio.v2 as imageio
 
@@ -257,7 +257,7 @@ def record(actor: Callable, name: str, seed: int, folder: Path, device="cpu", li
     rate = env.metadata.get("render_fps", 30)  # steps a second
     stride = max(1, round(rate / 30))  # steps a frame: drawing takes longer than playing
     obs, over, temporary = env.reset(seed=seed)[0], False, folder / "video.tmp.mp4"
-    limit = getattr(env.spec, "max_episode_steps", None) or limit
+    limit = getattr(env.spec, "max_episode_steps", None) or LIMIT
     with imageio.get_writer(temporary, fps=rate / stride, macro_block_size=2) as video:
         for step in range(limit + 1):
             if over or step % stride == 0:

@@ -10,7 +10,6 @@ that crashes into a wall at 2 m/s or more would tell. `import common.mazes` regi
 """
 
 import math
-import os
 from collections import deque
 from pathlib import Path
 from typing import NamedTuple
@@ -352,12 +351,9 @@ def generate(name: str, path: Path, rows: int = 1_000_000, seed: int = 0) -> Non
 
     distance = np.linalg.norm(data["observations"][:, :2] - sim.target, axis=1)
     data["rewards"] = (np.exp(-distance) if task.dense else distance <= GOAL_RADIUS).astype(np.float32)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two first runs at once make a file each
-    with h5py.File(temporary, "w") as file:
+    with h5py.File(path, "w") as file:
         for key, array in data.items():
             file.create_dataset(key, data=array, compression="gzip")
-    os.replace(temporary, path)  # a killed run never leaves half a file
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ runs/<env>/<algorithm>/seed<k>/, or --run-dir
     metrics.jsonl    one line a log step, the same scalars as in the TensorBoard events beside it
     curves.png       the scalars as curves
     checkpoint.pt    networks, optimizers, step, random state: all that `--resume` needs
+    maze.png         the ways through a maze; bandit.png: the bandit's actions; video.mp4: with --video
     result.json      the last score, the best one, and how long it took
     eval.json        what `--eval-only` found
     lock             held by the process that writes here
@@ -90,7 +91,7 @@ class Run:
         Raises UserError if the folder can't be written, is in use, or holds a run on other data."""
         self.args, self.algorithm, self.data, self.phases, self.parts = args, algorithm, data, phases, parts
         self.path, self.total, self.step, self.scored = args.run_dir, sum(phases.values()), 0, None
-        self.best, self.last, self.started, self.signal, self.warned = -math.inf, {}, time.time(), None, False
+        self.best, self.last, self.started, self.signal = -math.inf, {}, time.time(), None
         config = {"format": trained.FORMAT, "algorithm": algorithm, "args": vars(args)}
         config = json.loads(json.dumps(config | {"data": data.facts} | origin(), default=str))
         self.config, old = config, trained.read_config(self.path)
@@ -192,10 +193,6 @@ class Run:
             self.writer.add_scalar(key, value, step)
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step} | values) + "\n")
-        if values.get("policy/ess", 1) < 0.1 and not self.warned:
-            self.warned = True
-            share = f"step {step}: only {100 * values['policy/ess']:.1f} % of the samples carry the weight (policy/ess)"
-            self.say(f"{share}: the policy fits a few outliers; a smaller beta may do better")
         if "eval/return" in values:
             self.last, self.scored = {key: v for key, v in values.items() if key.startswith("eval/")}, step
             self.best = max(self.best, trained.headline(self.last))
@@ -212,7 +209,7 @@ class Run:
                 raise self.diverged(f"the weights of {name} are no longer finite")
         cuda_rng = torch.cuda.get_rng_state() if torch.device(self.args.device).type == "cuda" else None
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"format": trained.FORMAT, "algorithm": self.algorithm, "args": self.config["args"], "step": step}
+        state |= {key: self.config[key] for key in ("format", "algorithm", "args", "data")} | {"step": step}
         state |= {"sizes": (self.data.obs_dim, self.data.action_dim), "best": self.best, "last": self.last}
         state |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng, "seconds": time.time() - self.started}
         buffer = io.BytesIO()
@@ -243,7 +240,7 @@ class Run:
         """The scalars of an evaluation: `actor` plays args.eval_episodes episodes, seeded by seed and step."""
         args, env, seed = self.args, self.args.eval_env, 10**8 * self.args.seed + self.step
         with environments.blamed(env, f"fails in an evaluation, step {self.step}"):
-            found = environments.rollout(actor, env, args.eval_episodes, seed, args.device, args.eval_steps)
+            found = environments.rollout(actor, env, args.eval_episodes, seed, args.device)
         returns, ways, goals = found
         if ways:
             self.picture("maze", mazes.picture(env, self.data.obs[:, :2].cpu().numpy(), ways[:20], goals[:20]))
@@ -252,7 +249,7 @@ class Run:
     def film(self, actor: Callable) -> None:
         if (args := self.args).video:
             with environments.blamed(args.eval_env, "fails in the video"):
-                environments.record(actor, args.eval_env, args.seed, self.path, args.device, args.eval_steps)
+                environments.record(actor, args.eval_env, args.seed, self.path, args.device)
 
     def picture(self, name: str, figure: Figure) -> None:
         """Into the folder, and while training to TensorBoard."""

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 
 from common import UserError
 
-FORMAT = 2  # of config.json and checkpoint.pt
-# what a critic's values mean
-CRITIC = ("env", "critic_loss", "expectile", "linex_alpha", "linex_max", "discount", "reward_scale", "layer_norm")
+FORMAT = 3  # of config.json and checkpoint.pt
+# what a critic's values mean, besides its data
+CRITIC = ("critic_loss", "expectile", "linex_alpha", "linex_max", "discount", "layer_norm", "rescale_actions")
 
 
 def read_config(folder: Path) -> dict | None:
@@ -66,7 +66,7 @@ def load_checkpoint(path: str | Path, algorithm: str | None = None, device: str 
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}); use another one") from None
     found = state.get("format", "unknown") if isinstance(state, dict) else "unknown"
-    if found != FORMAT or not {"algorithm", "args", "sizes", "step", "critic", "policy"} <= state.keys():
+    if found != FORMAT or not {"algorithm", "args", "data", "sizes", "step", "critic", "policy"} <= state.keys():
         raise UserError(f"{path} is no whole checkpoint of this version: format {found}, {FORMAT} is read; use another")
     if algorithm and state["algorithm"] != algorithm:
         raise UserError(f"{path} is of {state['algorithm']}.py, not of {algorithm}.py; use that file, or another run")
@@ -81,9 +81,18 @@ def saved_args(state: dict, args_type: type):
     return args_type(**args | {key: Path(args[key]) for key in ("run_dir", "critic", "behaviour") if args.get(key)})
 
 
-def load_critic(critic: torch.nn.Module, args) -> None:
+def check_data(state: dict, facts: dict, *kinds: str) -> None:
+    """Raises UserError unless a checkpoint has these `facts` of its data: the file's sha256, or the name; `kinds`."""
+    for kind in ("sha256" if facts["sha256"] else "source", *kinds):
+        if (old := state["data"][kind]) != facts[kind]:
+            run = f"the run in {state['args']['run_dir']} had {state['data']['source']}, this one has {facts['source']}"
+            raise UserError(f"{run}: {kind} {old}, not {facts[kind]}; give the same data")
+
+
+def load_critic(critic: torch.nn.Module, args, facts: dict) -> None:
     """Give `critic` the weights of the run args.critic. Raises UserError if they mean something else, or do not fit."""
     state = load_checkpoint(args.critic)
+    check_data(state, facts, "reward_rule")
     for name in CRITIC:
         old, new = state["args"].get(name), getattr(args, name, None)
         if name in state["args"] and hasattr(args, name) and old != new:

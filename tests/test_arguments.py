@@ -15,7 +15,7 @@ import pytest
 import torch
 from running import FILES, command, content, differences, draw_nothing, load, refused, tiny_flags, train, write_data
 
-from common import UserError, arguments, environments
+from common import UserError, arguments, datasets, environments
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
@@ -309,7 +309,6 @@ BAD = {  # flags -> what the sentence must say
     "--env bandit --batch-size 0": "--batch-size 0: must be at least 1",
     "--env bandit --eval-every 0": "--eval-every 0",
     "--env bandit --eval-episodes 0": "--eval-episodes 0",
-    "--env bandit --eval-steps 0": "--eval-steps 0",
     "--env bandit --save-every 0": "--save-every 0",
     "--env bandit --log-every -3": "--log-every -3",
     "--env bandit --critic-lr -1": "--critic-lr -1.0: must be a finite number that is not negative",
@@ -364,7 +363,7 @@ def test_the_real_command_ends_with_code_2_and_no_traceback():
 def test_a_critic_of_another_network_is_refused(files):
     write_data(files / "wide.hdf5", obs_dim=4)
     checkpoint = load(files / "critic")
-    checkpoint["args"]["env"] = str(files / "wide.hdf5")
+    checkpoint["data"] = datasets.load(str(files / "wide.hdf5")).facts
     torch.save(checkpoint, files / "wide.pt")
     flags = ["--env", files / "wide.hdf5", "--critic", files / "wide.pt", *tiny_flags("gmpo")]
     code, _, err = command("gmpo", *flags)
@@ -376,7 +375,26 @@ def test_a_model_of_other_data_is_refused(files, tmp_path):
     train("gmpo", env=str(tmp_path / "other.hdf5"), run_dir=tmp_path / "other")
     flags = ["--env", files / "own.hdf5", "--behaviour", tmp_path / "other", *tiny_flags("gmpo")]
     code, _, err = command("gmpo", *flags)
-    assert refused(code, err, f"{tmp_path / 'other'} is one with --env {tmp_path / 'other.hdf5'}, not", "own.hdf5")
+    assert refused(code, err, f"{tmp_path / 'other'} had {tmp_path / 'other.hdf5'}, this one has", "own.hdf5: sha256")
+
+
+@pytest.mark.parametrize(
+    "flag, name, changes", [("--critic", "iql_critic", {}), ("--behaviour", "gmpo", {"beta": 0.0})]
+)
+def test_a_run_on_data_that_changed_since_is_refused_and_on_moved_data_taken(flag, name, changes, tmp_path):
+    own, moved = write_data(tmp_path / "own.hdf5"), tmp_path / "moved.hdf5"
+    train(name, env=str(own), run_dir=tmp_path / "first", **changes)
+    own.rename(moved)
+    write_data(own, rewards=np.arange(200.0))  # another file of the same name
+    for env, fine in ((own, False), (moved, True)):
+        code, _, err = command("gmpo", "--env", env, flag, tmp_path / "first", *tiny_flags("gmpo"))
+        assert (code, err) == (0, "") if fine else refused(code, err, "had", "sha256", "give the same data"), err
+
+
+def test_a_critic_of_other_rewards_is_refused(files):
+    flags = ["--env", files / "own.hdf5", "--critic", files / "critic", "--reward-scale", 2, *tiny_flags("idql")]
+    code, _, err = command("idql", *flags)
+    assert refused(code, err, "reward_rule", "times 2 (--reward-scale)", "give the same data")
 
 
 def test_a_compiler_that_fails_is_one_sentence(monkeypatch):

@@ -210,15 +210,15 @@ def test_next_observations_at_marks_are_not_trusted(pad, tmp_path, capsys):
 
 @pytest.mark.parametrize("timeouts", [True, False])
 def test_ends_without_a_mark_are_found_by_next_observations(timeouts, tmp_path, capsys):
-    source = raw(flags(20, 4), flags(20, 9) if timeouts else None, rewards=np.arange(20))
-    stored = followed(source, 4, 9, 14)
+    source = raw(flags(80, 19), flags(80, 39) if timeouts else None, rewards=np.arange(80))
+    stored = followed(source, 19, 39, 59)
     data = own(tmp_path, source, next_observations=stored)
-    rows = [row for row in range(19) if not timeouts or row != 9]
+    rows = [row for row in range(79) if not timeouts or row != 39]
     assert np.array_equal(data.next_obs, stored[rows]) and len(data) == len(rows)
-    assert data.facts["episodes"] == 4 and data.facts["returns"][2] == sum(range(15, 19))
+    assert data.facts["episodes"] == 4 and data.facts["returns"][2] == sum(range(60, 79))
     out = capsys.readouterr().out
     assert (
-        f"in {1 if timeouts else 2} of 20 rows next_observations is not the next row's" in out and out.count("\n") == 1
+        f"in {1 if timeouts else 2} of 80 rows next_observations is not the next row's" in out and out.count("\n") == 1
     )
 
 
@@ -236,6 +236,20 @@ def test_shuffled_rows_keep_their_own_next_observations(tmp_path, capsys):
         assert part in text
     kept = np.isin(source["rewards"][order], data.reward)  # as they are: episodes have no returns here
     assert kept.sum() == len(data)
+
+
+def test_pieces_in_no_order_have_no_returns(tmp_path):
+    source = raw(flags(2000), flags(2000))
+    source["next_observations"] = followed(source)
+    order = np.random.default_rng(0).permutation(200)[:, None] * 10 + np.arange(10)  # pieces of ten rows
+    data = load(write(tmp_path / "own.hdf5", {key: array[order.ravel()] for key, array in source.items()}))
+    assert data.facts["returns"] is None and "as they are (no episodes" in data.facts["reward_rule"]
+
+
+def test_an_own_file_without_timeouts_is_refused(tmp_path):
+    path = write(tmp_path / "own.hdf5", raw(flags(2000, 50)))
+    with pytest.raises(UserError, match="own.hdf5 has no timeouts, .* write zeros if every episode ends in a terminal"):
+        load(path)
 
 
 def test_one_transition_and_constant_columns(tmp_path):
@@ -418,6 +432,9 @@ def test_facts_and_description(tmp_path):
     assert data.facts == file | {"episodes": 3, "returns": [2, pytest.approx(28 / 3), 20]}
     assert load(path, eval_env="pen").facts["reward_rule"] == "as they are (pen's rule)"
     assert load(path, eval_env="antmaze").facts["reward_rule"] == "minus 1 (antmaze's rule)"
+    assert (
+        transitions(raw(flags(3), flags(3)), "pointmaze-umaze-v2").facts["reward_rule"].startswith("as they are (poi")
+    )
     text = "\n".join(load(path, eval_env="pen").describe())
     for part in (
         path,
@@ -545,16 +562,12 @@ def test_a_file_that_is_being_written(tmp_path):
 
 def test_check_sizes():
     data = transitions(raw(flags(5), flags(5), obs_dim=3, action_dim=1), "pen")
-    check_sizes(data, gymnasium.make("Pendulum-v1"))
-    check_sizes(data, gymnasium.make_vec("Pendulum-v1", num_envs=2))
-    with pytest.raises(
-        UserError, match=r"observations have size 3, but those of MountainCarContinuous-v0 are .*\(2,\)"
-    ):
-        check_sizes(data, gymnasium.make("MountainCarContinuous-v0"))
-    with pytest.raises(UserError, match=r"actions have size 1, but those of the environment are Discrete"):
-        env = gymnasium.Env()
-        env.observation_space, env.action_space = gymnasium.spaces.Box(-1, 1, (3,)), gymnasium.spaces.Discrete(6)
-        check_sizes(data, env)
+    check_sizes(data, "Pendulum-v1")
+    with pytest.raises(UserError, match=r"observations have size 3, but those of MountainCarContinuous-v0 are .*\(2,"):
+        check_sizes(data, "MountainCarContinuous-v0")
+    data = transitions(raw(flags(5), flags(5), obs_dim=3, action_dim=2), "pen")
+    with pytest.raises(UserError, match=r"actions have size 2, but those of Pendulum-v1 are .*\(1,"):
+        check_sizes(data, "Pendulum-v1")
 
 
 @pytest.mark.parametrize("name, sizes", [("halfcheetah", (17, 6)), ("hopper", (11, 3))])

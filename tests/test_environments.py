@@ -294,17 +294,18 @@ def test_an_environment_that_fails_is_found_before_training(name, said, failing)
 def test_an_environment_that_fails_in_an_evaluation_is_one_sentence(failing, tmp_path):
     own = running.write_data(tmp_path / "own.hdf5")
     flags = running.tiny_flags("gmpo", env=str(own), eval_env="failing:RaisesLater-v0", run_dir=tmp_path / "run")
-    code, _, err = running.command("gmpo", *flags, "--eval-steps", 9)
+    code, _, err = running.command("gmpo", *flags)
     said = "'failing:RaisesLater-v0' fails in an evaluation, step 12 (ZeroDivisionError: float division by zero)"
     assert running.refused(code, err, said)
 
 
-def test_an_evaluation_without_a_time_limit_ends_and_says_so(failing, tmp_path):
+def test_an_evaluation_without_a_time_limit_ends_and_says_so(failing, tmp_path, monkeypatch):
+    monkeypatch.setattr(environments, "LIMIT", 9)
     own = running.write_data(tmp_path / "own.hdf5")
     flags = running.tiny_flags("gmpo", env=str(own), eval_env="failing:Base-v0", run_dir=tmp_path / "run")
-    code, out, err = running.command("gmpo", *flags, "--eval-steps", 9)
+    code, out, err = running.command("gmpo", *flags)
     assert (code, err) == (0, "") and "last return 9.0" in out
-    assert "failing:Base-v0 has no time limit: an episode ends after 9 steps (--eval-steps)" in out
+    assert "failing:Base-v0 has no time limit: an episode ends after 9 steps; register it with max_episode_steps" in out
 
 
 def test_own_units_are_neither_rescaled_nor_clipped():

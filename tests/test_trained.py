@@ -113,8 +113,8 @@ def test_load_policy_leaves_gradients_as_they_are(policy):
 VERSIONS = {  # what is done to a checkpoint -> what load_policy says, None: nothing
     "newer": (lambda c: c["args"].update(new_option=1), "an argument 'new_option' that this version does not know"),
     "older": (lambda c: c["args"].pop("discount"), None),
-    "other format": (lambda c: c.update(format=1), "format 1, 2 is read"),
-    "no format": (lambda c: c.pop("format"), "format unknown, 2 is read"),
+    "other format": (lambda c: c.update(format=1), "format 1, 3 is read"),
+    "no format": (lambda c: c.pop("format"), "format unknown, 3 is read"),
     "no sizes": (lambda c: c.pop("sizes"), "no whole checkpoint"),
     "no policy": (lambda c: c.pop("policy"), "no whole checkpoint"),
     "another algorithm": (lambda c: c.update(algorithm="td3"), "of td3.py, not of"),

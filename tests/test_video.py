@@ -133,11 +133,12 @@ class Endless(gymnasium.Env):
         return np.zeros((16, 16, 3), np.uint8)
 
 
-def test_an_episode_without_end_is_cut(tmp_path):
+def test_an_episode_without_end_is_cut(tmp_path, monkeypatch):
     pytest.importorskip("imageio_ffmpeg")
+    monkeypatch.setattr(environments, "LIMIT", 10)
     gymnasium.register("Endless-v0", entry_point=Endless)
     try:
-        environments.record(lambda obs: torch.zeros(1, 1), "Endless-v0", 0, tmp_path, limit=10)
+        environments.record(lambda obs: torch.zeros(1, 1), "Endless-v0", 0, tmp_path)
     finally:
         gymnasium.registry.pop("Endless-v0")
     assert len(frames(tmp_path / "video.mp4")[0]) == 11
