@@ -76,8 +76,8 @@ class Args(RunArgs):
     """paper: the reference code's U-shaped net, the state squeezed into 32 numbers; mlp: the state beside the action"""
     sampler_steps: Count | None = None
     """steps of the sampler"""
-    act_noise: Amount = 1.0
-    """scale of the noise that actions start from: 1 samples the policy, 0 starts at the noise's mean"""
+    act_noise: Amount | None = None
+    """scale of the noise that actions start from: 1 samples the policy, 0 has one action a state"""
 
     behaviour_steps: Steps | None = None
     """gradient steps of the model of mu"""
@@ -97,7 +97,7 @@ class Args(RunArgs):
     """states a gradient step of the policy"""
 
 
-# differs from the paper: on other data than D4RL's the net is a plain MLP, eleven times smaller
+# differs from the paper: on data not D4RL's the net is an MLP, eleven times smaller; remade data: no noise in acting
 OURS = dict(
     behaviour_lr=1e-3, policy_lr=3e-4, batch_size=256, policy_batch_size=256, normalize_obs=True, network="mlp",
     layer_norm=True, eval_every=100,
@@ -111,7 +111,7 @@ SETTINGS = {
     "*": dict(
         critic_lr=3e-4, critic_steps=1_000_000, behaviour_steps=500_000, behaviour_lr=1e-4, policy_steps=10_000,
         policy_lr=1e-5, batch_size=4096, policy_batch_size=1024, expectile=0.7, beta=16.6, normalize_obs=False,
-        network="paper", sampler_steps=16, layer_norm=False, eval_every=500,
+        network="paper", sampler_steps=16, act_noise=1.0, layer_norm=False, eval_every=500,
     ),
     "halfcheetah-medium-v2": dict(critic_steps=1_220_000, policy_lr=1e-4, beta=4.16),
     "halfcheetah-medium-expert-v2": dict(critic_steps=976_000, policy_lr=1e-6, beta=16.6),
@@ -135,11 +135,12 @@ SETTINGS = {
     "bandit": OURS | dict(critic_lr=1e-3, critic_steps=1_500, behaviour_steps=8_000, behaviour_lr=3e-3, batch_size=128,
                           layer_norm=False, policy_steps=200, beta=2.0, normalize_obs=False, eval_every=50),
     "maze2d-remade": OURS | dict(
-        critic_steps=100_000, expectile=0.9, behaviour_steps=50_000, policy_steps=200, policy_batch_size=128, beta=3.0),
-    "remade": OURS | dict(critic_steps=200_000, behaviour_steps=100_000, policy_steps=400, policy_lr=1e-4, beta=3.0),
+        critic_steps=100_000, expectile=0.9, behaviour_steps=50_000, policy_steps=200, policy_batch_size=128, beta=3.0,
+        act_noise=0.0),
+    "remade": OURS | dict(
+        critic_steps=200_000, behaviour_steps=100_000, policy_steps=400, policy_lr=1e-4, beta=3.0, act_noise=0.0),
     "own data": OURS | dict(
-        critic_steps=100_000, behaviour_steps=100_000, behaviour_lr=3e-4, policy_steps=1_000, policy_lr=1e-4, beta=0.3,
-    ),
+        critic_steps=100_000, behaviour_steps=100_000, behaviour_lr=3e-4, policy_steps=1_000, policy_lr=1e-4, beta=0.3),
 }  # fmt: skip
 
 
@@ -399,9 +400,8 @@ def policy_loss(
     q = critic.q(obs, action.clamp(-1, 1)).amin(0)  # (B,); outside of [-1, 1] there is no Q, and the KL alone pulls
     undone = undo_error < 1e-3  # elsewhere log mu is wrong, and its gradient huge: such a sample counts 0
     loss = torch.where(undone, -args.beta * q + log_pi - log_mu, 0.0).mean()
-    kl = torch.where(undone, log_pi - log_mu, 0.0).detach().mean()
-    metrics = {"policy/q": q.detach().mean(), "policy/kl": kl, "policy/undo_error": undo_error.max()}
-    return loss, {"policy/loss": loss.detach(), **metrics}
+    q, kl = q.detach().mean(), torch.where(undone, log_pi - log_mu, 0.0).detach().mean()  # for the log
+    return loss, {"policy/loss": loss.detach(), "policy/q": q, "policy/kl": kl, "policy/undo_error": undo_error.max()}
 
 
 def act(policy: nn.Module, obs: Tensor, args: Args) -> Tensor:

@@ -28,17 +28,21 @@ or more. Cloning is GMPO that copies all actions of the data alike. All methods 
   the row shows how exact a method is, not how much reward it gets, and no winner is marked. IQL's number is for its
   critic: the data's actions, drawn again with the weights of Eq. (11) in the section "From equation to line". Its
   Gaussian cannot cover eight groups and is not scored. 4096 actions are drawn.
-* `halfcheetah-demo`: 100 is the undisturbed runner. A policy can be better than that.
+* `halfcheetah-demo`: 100 is the undisturbed runner. A policy can be better than that. Cloning copies the disturbances
+  too. Without noise it has 100 as well, since they cancel out, and IQL's mean has no noise either. So this set shows
+  that the files work, and little about which method is better.
 * Names that end in `remade`: the data are made here after D4RL's recipe, and are not D4RL's own. The score has D4RL's
   scale, on which 0 is a random policy and 100 an expert; in mazes that is a controller which often failed. Cloning has
   about 0 in a maze, because nobody told those who made the data where the goal is.
-* IQL acts by the mean of its Gaussian; cloning, GMPO and GMPG by one sample of their policy; IDQL by the best of N
-  samples (`--extraction argmax`), where N is 16 on the bandit and 32 elsewhere.
+* IQL acts by the mean of its Gaussian, IDQL by the best of N samples (`--extraction argmax`), where N is 16 on the
+  bandit and 32 elsewhere. Cloning, GMPO and GMPG are sampled on the bandit and the demo. On the remade sets they start
+  from the mean of the noise (`--act-noise 0`), so that a state has one action.
 * The settings are ours, not the papers': a small network, minutes to an hour of training, and on the remade sets
   LayerNorm, which rescales the outputs of each layer and makes the critic rise less beyond the data, and a beta of 3
   for IQL, GMPO and GMPG. They were tried on sets that are scored here: the critic's in the medium maze, GMPG's beta and
   budget in umaze, medium and hopper's medium-replay, GMPO's beta in all three mazes and hopper's medium-replay, IQL's
-  in all three mazes, the demo's and the bandit's settings on these sets themselves.
+  in all three mazes, the demo's and the bandit's settings on these sets themselves. That the remade sets are acted on
+  without noise was chosen when all of GMPO's runs had been scored in both ways.
 * The budgets are not equal. GMPG's policy takes 200 or 400 updates, after 8,000 to 100,000 of copying; the others'
   policies take 1,500 to 200,000. One update of GMPG goes through the whole sampler.
 
@@ -55,7 +59,8 @@ DETAILS = """Made by `python benchmarks/scores.py`, which also says what is run.
   none is left out in a single set. With three seeds the interval is just the lowest and the highest of them, which is
   less than 95 %.
 * **last**, **best**: of the evaluations during training, which have ten episodes, means over seeds. The best one is
-  chosen by its own score, and so promises too much.
+  chosen by its own score, and so promises too much. Cloning, GMPO and GMPG still acted with noise in them, which was
+  the default then; the scores are without (see "Why the table's policies act without noise").
 * **steps**, **minutes**: of one run. They leave out the critic's training where IQL's critic was used. The minutes are
   those of whatever machine had the run, with other runs beside it, and one of IDQL's runs on the bandit and one on the
   demo, and cloning's in the mazes, had a GPU. So compare them only roughly.
@@ -71,7 +76,8 @@ whether this is why our scores are so much lower was not tested.
 """
 
 COMMANDS = """The commands of the first seed. They train. The table's scores were then made by the same file, with the
-same `--run-dir` and with `--eval-only --eval-episodes 100`. `results/<set>/<method>/seed<k>.json` has the command, the
+same `--run-dir` and with `--eval-only --eval-episodes 100`, and `--act-noise 0` where the result's `eval` says so.
+`results/<set>/<method>/seed<k>.json` has the command, the
 versions and both evaluations of every seed. IQL's runs in the mazes were begun on a GPU and finished on a CPU, from
 about 73,000 steps on; their minutes are those of both. A command shows with `--cudagraph` or `--device cpu` where a run
 was begun; without either it was on a CPU. IQL's runs in the mazes that have no `--beta 3` had a beta of 10, the default
@@ -360,7 +366,8 @@ def write_pages(folder: Path, sets: dict[str, list[str]]) -> None:
         save(curves(found), results / "curves.png")
         text = (
             "Score during training, of ten episodes (on the bandit of 4096 actions). The band reaches from the lowest\n"
-            "seed to the highest. The axis is the share of each method's own policy training; a dot alone is its end"
+            "seed to the highest. The axis is the share of each method's own policy training; a dot alone is its end.\n"
+            "Cloning, GMPO and GMPG still acted with noise here, unlike in the table"
         )
         short.append(f"{text}:\n\n![learning curves](benchmarks/results/curves.png)\n")
     if (results / MAZE / "ways.json").exists():

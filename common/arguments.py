@@ -76,7 +76,6 @@ class RunArgs:
 # What may change between a run and its --resume: what alters no gradient step, and how many there are of the policy.
 FREE = {field.name for field in dataclasses.fields(RunArgs)} | {"policy_steps"}
 FREE -= {"env", "eval_env", "seed", "reward_scale", "rescale_actions", "normalize_obs"}
-ACTING = {"extraction", "candidates", "solver", "sampler_steps", "act_noise"}  # free with --eval-only
 # What a run without a config.json yet would overwrite in a folder of the user's.
 FILES = ("metrics.jsonl", "checkpoint.pt", "result.json", "eval.json", "video.mp4")
 FILES += ("curves.png", "bandit.png", "maze.png")
@@ -219,7 +218,8 @@ def agree_with_folder(args, algorithm: str) -> None:
         raise UserError(f"{path} holds a run of {config['algorithm']}.py; choose another --run-dir")
     if not args.resume and not args.eval_only:
         raise UserError(f"{path} holds a run already; add --resume to go on with it, or choose another --run-dir")
-    free = (FREE | ACTING if args.eval_only else FREE) | ({"env"} if os.path.isfile(args.env) else set())  # moved?
+    acting = trained.ACTING if args.eval_only else set()
+    free = FREE | acting | ({"env"} if os.path.isfile(args.env) else set())  # a file may have been moved
     for name, old in vars(trained.saved_args(config, type(args))).items():
         new, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if new is None:

@@ -232,6 +232,7 @@ class Run:
         self.film(actor)
         found = {key: float(value) for key, value in metrics.items()}
         about = {"step": self.step, "episodes": self.args.eval_episodes, "seed": self.args.seed}
+        about |= {key: value for key, value in vars(self.args).items() if key in trained.ACTING - {"candidates"}}
         write(self.path / "eval.json", about | found)
         print(trained.headline_text(found, -math.inf))
         return found

@@ -16,6 +16,8 @@ FORMAT = 3  # of config.json and checkpoint.pt
 # what a critic's values mean, besides its data
 CRITIC = ("critic_loss", "expectile", "linex_alpha", "linex_max", "discount", "layer_norm", "rescale_actions")
 
+ACTING = {"extraction", "candidates", "solver", "sampler_steps", "act_noise"}  # how a policy acts
+
 
 def read_config(folder: Path) -> dict | None:
     """A run's config.json; None if there is none. Raises UserError if it is damaged or of another version."""

@@ -235,6 +235,8 @@ def test_eval_only_may_act_in_another_way(files):
     flags = ["--run-dir", files / "bandit", "--solver", "euler", "--sampler-steps", 3, "--act-noise", 0.5]
     code, out, _ = command("gmpo", *flags, "--eval-only")
     assert code == 0 and "last score" in out
+    found = json.loads((files / "bandit" / "eval.json").read_text())
+    assert [found[key] for key in ("solver", "sampler_steps", "act_noise")] == ["euler", 3, 0.5]
     code, _, err = command("gmpo", *flags, "--resume")
     assert refused(code, err, "holds a run with --s")
 

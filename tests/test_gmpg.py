@@ -27,7 +27,9 @@ def float64():
 
 
 def args_of(**changes):
-    return helpers.args_of(gmpg, **dict(path="gvp", network="mlp", expectile=0.7, beta=2.0, sampler_steps=8) | changes)
+    return helpers.args_of(
+        gmpg, **dict(path="gvp", network="mlp", expectile=0.7, beta=2.0, sampler_steps=8, act_noise=1.0) | changes
+    )
 
 
 class ExactCritic(nn.Module):

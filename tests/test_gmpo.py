@@ -21,7 +21,9 @@ each_file = pytest.mark.parametrize("algorithm", files_with("alpha_sigma"), ids=
 
 
 def args_of(algorithm=gmpo, **changes):
-    defaults = dict(path="gvp", network="mlp", sampler_steps=10, expectile=0.7, beta=2.0, weight_max=100.0)
+    defaults = dict(
+        path="gvp", network="mlp", sampler_steps=10, expectile=0.7, beta=2.0, weight_max=100.0, act_noise=1.0
+    )
     return helpers.args_of(algorithm, **defaults | changes)
 
 
