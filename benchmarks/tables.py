@@ -33,7 +33,7 @@ or more. Cloning is GMPO that copies all actions of the data alike. All methods 
   that the files work, and little about which method is better.
 * Names that end in `remade`: the data are made here after D4RL's recipe, and are not D4RL's own. The score has D4RL's
   scale, on which 0 is a random policy and 100 an expert; in mazes that is a controller which often failed. Cloning has
-  about 0 in a maze, because nobody told those who made the data where the goal is.
+  next to nothing in a maze, because nobody told those who made the data where the goal is.
 * IQL acts by the mean of its Gaussian, IDQL by the best of N samples (`--extraction argmax`), where N is 16 on the
   bandit and 32 elsewhere. Cloning, GMPO and GMPG are sampled on the bandit and the demo. On the remade sets they start
   from the mean of the noise (`--act-noise 0`), so that a state has one action.
