@@ -15,7 +15,7 @@ import pytest
 import torch
 from running import FILES, command, content, differences, draw_nothing, load, refused, tiny_flags, train, write_data
 
-from common import UserError, arguments, datasets, environments
+from common import UserError, arguments, datasets, environments, trained
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
@@ -263,7 +263,7 @@ def test_a_link_names_the_folder_of_its_run(tmp_path):
 
 def test_what_is_free_is_an_argument():
     known = {field.name for name in FILES for field in dataclasses.fields(module_of(name).Args)}
-    assert known >= arguments.FREE | arguments.ACTING
+    assert known >= arguments.FREE | trained.ACTING
 
 
 # ---------------------------------------------------------------- checks

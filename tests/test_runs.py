@@ -388,7 +388,10 @@ def test_eval_only_finds_the_same_score_and_writes_nothing_but_its_result(finish
     last, found = logged(folder)[-1], json.loads((folder / "eval.json").read_text())
     assert f"last score {last['eval/score']:.1f}" in out
     assert found.pop("step") == last["step"] and found.pop("seed") == 0 and found.pop("episodes") == 2
-    assert found == {key: value for key, value in last.items() if key.startswith("eval/")}
+    acting = {key: value for key, value in found.items() if not key.startswith("eval/")}
+    args = json.loads((folder / "config.json").read_text())["args"]
+    assert acting == {key: args[key] for key in trained.ACTING & args.keys() - {"candidates"}}
+    assert found == acting | {key: value for key, value in last.items() if key.startswith("eval/")}
     after = content(folder)
     assert {path.name for path in after if after[path][0] != before.get(path, [b""])[0]} <= {"eval.json", "bandit.png"}
 
