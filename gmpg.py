@@ -77,7 +77,7 @@ class Args(RunArgs):
     sampler_steps: Count | None = None
     """steps of the sampler"""
     act_noise: Amount | None = None
-    """scale of the noise that actions start from: 1 samples the policy, 0 has one action a state"""
+    """scale of the noise that actions start from: 1 samples the policy, 0 gives one action for each state"""
 
     behaviour_steps: Steps | None = None
     """gradient steps of the model of mu"""
@@ -97,7 +97,7 @@ class Args(RunArgs):
     """states a gradient step of the policy"""
 
 
-# differs from the paper: on data not D4RL's the net is an MLP, eleven times smaller; remade data: no noise in acting
+# differs from the paper: on other data than D4RL's the net is a small MLP; remade sets are acted on without noise
 OURS = dict(
     behaviour_lr=1e-3, policy_lr=3e-4, batch_size=256, policy_batch_size=256, normalize_obs=True, network="mlp",
     layer_norm=True, eval_every=100,

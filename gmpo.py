@@ -81,7 +81,7 @@ class Args(RunArgs):
     sampler_steps: Count | None = None
     """steps of the sampler"""
     act_noise: Amount | None = None
-    """scale of the noise that actions start from: 1 samples the policy, 0 has one action a state"""
+    """scale of the noise that actions start from: 1 samples the policy, 0 gives one action for each state"""
 
     behaviour: Path | None = None
     """a run with --beta 0 --critic-steps 0 (its folder), a model of mu: Eq. (9) takes the place of Eq. (8)"""
@@ -101,7 +101,7 @@ class Args(RunArgs):
     """transitions a gradient step"""
 
 
-# differs from the paper: on data not D4RL's the net is an MLP, eleven times smaller; remade data: no noise in acting
+# differs from the paper: on other data than D4RL's the net is a small MLP; remade sets are acted on without noise
 OURS = dict(batch_size=256, policy_lr=1e-3, lr_decay=True, normalize_obs=True, network="mlp", layer_norm=True)
 
 # An argument that is None takes its value from the dataset's entry, or from "*" if that has none. The entry is that of
