@@ -84,7 +84,7 @@ def saved_args(state: dict, args_type: type):
 
 
 def check_data(state: dict, facts: dict, *kinds: str) -> None:
-    """Raises UserError unless `state` is of the same data: by sha256, or by name if they are no file, and by `kinds`."""
+    """Raises UserError unless `state` is of the same data: by sha256, or by name if no file, and by `kinds`."""
     for kind in ("sha256" if facts["sha256"] else "source", *kinds):
         if (old := state["data"][kind]) != facts[kind]:
             run = f"the run in {state['args']['run_dir']} had {state['data']['source']}, this one has {facts['source']}"
