@@ -75,13 +75,14 @@ False in every row), so that nothing there shows how to hop on to the end. How m
 whether this is why our scores are so much lower was not tested.
 """
 
-COMMANDS = """The commands of the first seed. They train. The table's scores were then made by the same file, with the
-same `--run-dir` and with `--eval-only --eval-episodes 100`, and `--act-noise 0` where the result's `eval` says so.
-`results/<set>/<method>/seed<k>.json` has the command, the versions and both evaluations of every seed. IQL's runs in the mazes were begun on a GPU and finished on a CPU, from
-about 73,000 steps on; their minutes are those of both. A command shows with `--cudagraph` or `--device cpu` where a run
-was begun; without either it was on a CPU. IQL's runs in the mazes that have no `--beta 3` had a beta of 10, the default
-then. `-dirty` behind a commit says that files had been changed and not committed: new result files in most cases. In
-e6a6632-dirty it was LayerNorm and the mazes' expectile, which 31f05b9 has.
+COMMANDS = """The commands of the first seed. They train. The table's scores were then made by the same file, with
+the same `--run-dir` and with `--eval-only --eval-episodes 100`, and `--act-noise 0` where the result's `eval` says
+so. `results/<set>/<method>/seed<k>.json` has the command, the versions and both evaluations of every seed. IQL's
+runs in the mazes were begun on a GPU and finished on a CPU, from about 73,000 steps on; their minutes are those of
+both. A command shows with `--cudagraph` or `--device cpu` where a run was begun; without either it was on a CPU.
+IQL's runs in the mazes that have no `--beta 3` had a beta of 10, the default then. `-dirty` behind a commit says
+that files had been changed and not committed: new result files in most cases. In e6a6632-dirty it was LayerNorm and
+the mazes' expectile, which 31f05b9 has.
 """
 
 # ------------------------------------------------------------------------------------------------------------------
