@@ -21,32 +21,51 @@ MAZE = "maze2d-umaze-remade"  # the one in README's picture
 
 README = """Score of the last policy over 100 episodes, mean ± standard deviation over {seeds} seeds. A number in
 brackets says how many seeds there are where there are fewer. The best method is bold where every method has two seeds
-or more. Cloning is GMPO that copies all actions of the data alike. All methods of a seed share one critic.
-
-* `bandit`: for each method a formula gives how often each of the eight groups should be hit, each action counting for
-  the group nearest to it. The score is 100 minus the percentage of actions that would have to move to another group. So
-  the row shows how exact a method is, not how much reward it gets, and no winner is marked. IQL's number is for its
-  critic: the data's actions, drawn again with the weights of Eq. (11) in the section "From equation to line". Its
-  Gaussian cannot cover eight groups and is not scored. 4096 actions are drawn.
-* `halfcheetah-demo`: 100 is the undisturbed runner. A policy can be better than that. Cloning copies the disturbances
-  too. Without noise it has 100 as well, since they cancel out, and IQL's mean has no noise either. So this set shows
-  that the files work, and little about which method is better.
-* Names that end in `remade`: the data are made here after D4RL's recipe, and are not D4RL's own. The score has D4RL's
-  scale, on which 0 is a random policy and 100 an expert; in mazes that is a controller which often failed. Cloning has
-  next to nothing in a maze, because nobody told those who made the data where the goal is.
-* IQL acts by the mean of its Gaussian, IDQL by the best of N samples (`--extraction argmax`), where N is 16 on the
-  bandit and 32 elsewhere. Cloning, GMPO and GMPG are sampled on the bandit and the demo. On the remade sets they start
-  from the mean of the noise (`--act-noise 0`), so that a state has one action.
-* The settings are ours, not the papers': a small network, minutes to an hour of training, and on the remade sets
+or more. Cloning is GMPO that copies all actions of the data alike.
+"""
+NOTES = """\
+* **Scores.** On the demo 100 is the undisturbed runner. Names that end in `remade` have D4RL's scale: 0 is a random
+  policy and 100 an expert, in mazes a controller that often failed. A ball that is in the goal's circle in every step
+  scores 200 in umaze, 222 in medium and 297 in large. No policy gets that, because the ball starts elsewhere. Cloning
+  has next to nothing in a maze, because nobody told those who made the data where the goal is.
+* **The demo** shows that the files work, and little about which method is better. Without noise cloning has 100 too,
+  since the disturbances that it copies cancel out, and IQL's mean has no noise either.
+* **The bandit** shows how exact a method is, not how much reward it gets, so no winner is marked. For each method a
+  formula gives how often each of the eight groups of actions should be hit, each action counting for the group nearest
+  to it. The score is 100 minus the percentage of actions that would have to move to another group. IQL's number is for
+  its critic: the data's actions, drawn again with the weights of Eq. (11) further down. Its Gaussian cannot cover eight
+  groups and is not scored. IDQL's is for `argmax`; its default there, `implicit`, is a row of
+  [benchmarks/README.md](benchmarks/README.md). 4096 actions are drawn.
+* **How they act.** IQL takes the mean of its Gaussian, IDQL the sample with the largest Q (`--extraction argmax`) of 16
+  on the bandit and of 32 elsewhere. Cloning, GMPO and GMPG are sampled on the bandit and the demo. On the remade sets
+  they start from the mean of the noise (`--act-noise 0`), so that a state has one action.
+* **Critics.** All methods of a seed but cloning share one critic, which was trained first. In the mazes IQL's Gaussian
+  too was fitted to the finished critic. Elsewhere it was trained beside it, as `iql_critic.py` does.
+* **Settings.** They are ours, not the papers': a small network, minutes to an hour of training, and on the remade sets
   LayerNorm, which rescales the outputs of each layer and makes the critic rise less beyond the data, and a beta of 3
   for IQL, GMPO and GMPG. They were tried on sets that are scored here: the critic's in the medium maze, GMPG's beta and
   budget in umaze, medium and hopper's medium-replay, GMPO's beta in all three mazes and hopper's medium-replay, IQL's
   in all three mazes, the demo's and the bandit's settings on these sets themselves. That the remade sets are acted on
   without noise was chosen when all of GMPO's runs had been scored in both ways.
-* The budgets are not equal. GMPG's policy takes 200 or 400 updates, after 8,000 to 100,000 of copying; the others'
-  policies take 1,500 to 200,000. One update of GMPG goes through the whole sampler.
+* **Budgets.** They are not equal. GMPG's policy takes 200 or 400 updates, after 8,000 to 100,000 of copying; the
+  others' policies take 1,500 to 200,000. One update of GMPG goes through the whole sampler.
 
 The commands, intervals and published figures are in [benchmarks/README.md](benchmarks/README.md).
+"""
+CURVES = """\
+Score during training, of ten episodes (on the bandit of 4096 actions). The line is the mean of the seeds, the
+band reaches from the lowest to the highest, and where there is one seed there is no band. 100 % is the end of each
+method's own policy training, of different length for each; GMPG's copying is not in it. A dot alone is an end. In the
+mazes most lines move more from one evaluation to the next than the methods differ. The ends differ from the table,
+which has 100 episodes, and where cloning, GMPO and GMPG act without noise on the remade sets; here they had noise.
+
+![learning curves](benchmarks/results/curves.png)
+"""
+WAYS = """\
+Eight episodes of each method in `{maze}` (seed 0, acting as in the table). Dots are starts, and the reward is 1
+for each step in the green circle. Cloning passes through it and wanders on. The others turn back to it.
+
+![ways through the maze](benchmarks/results/maze.png)
 """
 DETAILS = """Made by `python benchmarks/scores.py`, which also says what is run.
 
@@ -361,19 +380,13 @@ def write_pages(folder: Path, sets: dict[str, list[str]]) -> None:
     seeds = max((len(records) for rows in found.values() for records in rows.values()), default=3)
     long, typed = [DETAILS, detailed_table(found)], commands(found)
     found = {name: shown(rows) for name, rows in found.items()}
-    short = [README.format(seeds=seeds), compact_table(found, seeds)]
+    short = [README.format(seeds=seeds), compact_table(found, seeds), NOTES]
     if found:
         save(curves(found), results / "curves.png")
-        text = (
-            "Score during training, of ten episodes (on the bandit of 4096 actions). The band reaches from the lowest\n"
-            "seed to the highest. The axis is the share of each method's own policy training; a dot alone is its end.\n"
-            "Cloning, GMPO and GMPG still acted with noise here, unlike in the table"
-        )
-        short.append(f"{text}:\n\n![learning curves](benchmarks/results/curves.png)\n")
+        short.append(CURVES)
     if (results / MAZE / "ways.json").exists():
         save(maze(json.loads((results / MAZE / "ways.json").read_text())), results / "maze.png")
-        text = f"Eight episodes of each method in `{MAZE}`: dots are starts, and the reward is 1 in the green circle"
-        short.append(f"{text}:\n\n![ways through the maze](benchmarks/results/maze.png)\n")
+        short.append(WAYS.format(maze=MAZE))
     if (results / "bandit/samples.json").exists():
         save(scatter(json.loads((results / "bandit/samples.json").read_text())), results / "bandit.png")
         long.append("Samples on the bandit:\n\n![samples on the bandit](results/bandit.png)\n")
