@@ -81,8 +81,8 @@ DETAILS = """Made by `python benchmarks/scores.py`, which also says what is run.
   chosen by its own score, and so promises too much. Cloning, GMPO and GMPG still acted with noise in them, which was
   the default then; the scores are without (see "Why the table's policies act without noise").
 * **steps**, **minutes**: of one run. They leave out the critic's training where IQL's critic was used. The minutes are
-  those of whatever machine had the run, with other runs beside it, and one of IDQL's runs on the bandit and one on the
-  demo, and cloning's in the mazes, had a GPU. So compare them only roughly.
+  those of whatever machine had the run, with other runs beside it, and one of IDQL's runs on the demo and cloning's in
+  the mazes had a GPU. So compare them only roughly.
 * Rows at the end, once there are any, are over the sets, without the bandit, in which every method has two seeds.
 """
 PUBLISHED = """Published figures for D4RL's own sets, beside ours for another dataset of much the same recipe. They show
