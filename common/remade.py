@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common import UserError, environments
 
-FAMILIES = ("hopper", "walker2d")
+FAMILIES = ("hopper", "walker2d", "halfcheetah")
 MAKERS = {  # what comes between the family and -remade: the agents of the set, each for an equal share, in this order
     "medium": ("medium",),
     "medium-replay": ("replay1", "replay2", "replay3", "replay4", "medium"),
