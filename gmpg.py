@@ -140,7 +140,7 @@ SETTINGS = {
     "remade": OURS | dict(
         critic_steps=200_000, behaviour_steps=100_000, policy_steps=400, policy_lr=1e-4, beta=3.0, act_noise=0.0),
     "own data": OURS | dict(
-        critic_steps=100_000, behaviour_steps=100_000, behaviour_lr=3e-4, policy_steps=1_000, policy_lr=1e-4, beta=0.3),
+        critic_steps=100_000, behaviour_steps=100_000, behaviour_lr=3e-4, policy_steps=400, policy_lr=1e-4, beta=3.0),
 }  # fmt: skip
 
 

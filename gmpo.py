@@ -138,7 +138,7 @@ SETTINGS = {
     "maze2d-remade": OURS | dict(
         critic_steps=100_000, expectile=0.9, policy_steps=50_000, beta=3.0, act_noise=0.0, eval_every=5_000),
     "remade": OURS | dict(critic_steps=200_000, policy_steps=100_000, beta=3.0, act_noise=0.0, eval_every=20_000),
-    "own data": OURS | dict(critic_steps=100_000, policy_steps=100_000, policy_lr=3e-4, beta=0.3, eval_every=10_000),
+    "own data": OURS | dict(critic_steps=100_000, policy_steps=100_000, policy_lr=3e-4, beta=3.0, eval_every=10_000),
 }  # fmt: skip
 
 

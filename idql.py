@@ -119,7 +119,7 @@ SETTINGS = {
     "maze2d-remade": OURS | dict(
         critic_steps=100_000, expectile=0.9, policy_steps=30_000, candidates=32, ema_rate=0.005),
     "remade": OURS | dict(critic_steps=200_000, policy_steps=50_000, candidates=32, ema_rate=0.005),
-    "own data": OURS | dict(critic_steps=100_000, policy_steps=100_000, extraction="implicit", candidates=4),
+    "own data": OURS | dict(critic_steps=100_000, policy_steps=50_000, candidates=32, ema_rate=0.005),
 }  # fmt: skip
 
 

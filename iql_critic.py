@@ -99,7 +99,7 @@ SETTINGS = {
     "bandit": dict(critic_lr=1e-3, critic_steps=1_500, policy_steps=1_500, policy_lr=1e-3, beta=2.0, eval_every=500),
     "maze2d-remade": OURS | dict(critic_steps=100_000, policy_steps=100_000, expectile=0.9),
     "remade": OURS | dict(critic_steps=200_000, policy_steps=200_000),
-    "own data": OURS | dict(critic_steps=100_000, policy_steps=100_000, beta=0.3),
+    "own data": OURS | dict(critic_steps=100_000, policy_steps=100_000),
 }  # fmt: skip
 
 

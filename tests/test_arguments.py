@@ -160,7 +160,7 @@ def test_the_first_lines_say_data_score_device_settings_and_phases(files, tmp_pa
     assert lines[0].startswith(f"data: {files / 'own.hdf5'}, 196 transitions, 4 episodes of returns ")
     assert lines[1].startswith("observations of size 3, actions of size 1; rewards times 1000")
     assert lines[2] == "score: Pendulum-v1, 2 episodes; device: cpu"
-    assert lines[3].startswith("settings of own data: critic_lr 0.0003, ") and "beta 0.3" in lines[3]
+    assert lines[3].startswith("settings of own data: critic_lr 0.0003, ") and "beta 3.0" in lines[3]
     assert lines[4].startswith("but for: ") and "beta 2.0" in lines[4] and "policy_steps 6" in lines[4]
     assert "critic_lr" not in lines[4] and "eval_episodes" not in lines[4]
     assert lines[5] == "gradient steps: critic 6, then policy 6"
