@@ -54,10 +54,7 @@ METHODS = {
 PATHS = {f"{method}-{path}": f"{method}.py --path {path}" for method in ("gmpo", "gmpg") for path in ("vp", "icfm")}
 # The same diffusion model, acting in another way: the run of the row `idql`, scored again.
 EXTRACTIONS = {f"idql-{name}": f"idql.py --extraction {name} --eval-only" for name in ("implicit", "softmax")}
-# In the mazes the Gaussian of row `iql`, trained beside its critic, had a beta of 10. This is another for that critic.
-AGAIN = {"iql-beta3": "iql_critic.py --beta 3"}
 MORE = {"bandit": EXTRACTIONS | PATHS, "halfcheetah-demo": PATHS}
-MORE |= {name: AGAIN for name in PLANNED if name.startswith("maze2d")}
 EPISODES = 100
 BUDGET = ("critic_steps", "behaviour_steps", "policy_steps", "batch_size", "policy_batch_size", "beta", "device")
 

@@ -73,8 +73,6 @@ DETAILS = """Made by `python benchmarks/scores.py`, which also says what is run.
 
 * **score**: the last policy over 100 episodes, mean ± standard deviation over seeds. The bandit's is 100 (1 - total
   variation) to each method's own closed form; IQL's is that of the policy that its critic implies, not of its Gaussian.
-* **IQL, beta3**: IQL's Gaussian in the mazes, fitted once more to the finished critic of row IQL, whose own Gaussian
-  had a beta of 10. It is the one in README, see "Why IQL's beta is 3 in the mazes".
 * **IQM, 95 %**: the interquartile mean, for which the lowest and the highest quarter of the values are left out, with
   the interval that drawing the seeds again at random gives. A quarter of three seeds is less than one of them, so that
   none is left out in a single set. With three seeds the interval is just the lowest and the highest of them, which is
@@ -127,11 +125,6 @@ def read(folder: Path, name: str, row: str) -> list[dict]:
     """The results of a row of the set `name`, by seed."""
     paths = (folder / "benchmarks/results" / name / row).glob("seed*.json")
     return [json.loads(path.read_text()) for path in sorted(paths, key=lambda path: int(path.stem[4:]))]
-
-
-def shown(rows: dict[str, list]) -> dict[str, list]:
-    """The results of a set as README shows them: IQL's are those with a beta of 3, where there are any."""
-    return rows | {"iql": rows.get("iql-beta3") or rows["iql"]}
 
 
 def scores(records: list[dict]) -> np.ndarray:
@@ -212,7 +205,7 @@ def detailed_table(found: dict) -> str:
                 ]
                 values = scores(records)
                 body.append([f"`{name}`", label(row), mean_and_spread(values), iqm_cell([values]), *numbers])
-    whole = [shown(rows) for name, rows in found.items() if name != "bandit"]
+    whole = [rows for name, rows in found.items() if name != "bandit"]
     whole = [rows for rows in whole if all(len(rows[row]) > 1 for row in COLUMNS)]
     for row in COLUMNS if len(whole) > 1 else ():
         samples = [scores(rows[row]) for rows in whole]
@@ -315,7 +308,7 @@ def sample_bandit(folder: Path, count: int = 600) -> None:
 
 def sample_maze(folder: Path, episodes: int = 8) -> None:
     """The policies' ways through MAZE, every third step, from the runs of seed 0 in `folder` if they are there."""
-    runs = {row: folder / f"runs/scores/{MAZE}/{'iql-beta3' if row == 'iql' else row}/seed0" for row in COLUMNS}
+    runs = {row: folder / f"runs/scores/{MAZE}/{row}/seed0" for row in COLUMNS}
     if not all((run / "result.json").exists() for run in runs.values()):
         return
     import torch
@@ -381,7 +374,6 @@ def write_pages(folder: Path, sets: dict[str, list[str]]) -> None:
     found = {name: rows for name, rows in found.items() if any(rows.values())}
     seeds = max((len(records) for rows in found.values() for records in rows.values()), default=3)
     long, typed = [DETAILS, detailed_table(found)], commands(found)
-    found = {name: shown(rows) for name, rows in found.items()}
     short = [README.format(seeds=seeds), compact_table(found, seeds), NOTES]
     if found:
         save(curves(found), results / "curves.png")

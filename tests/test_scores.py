@@ -160,15 +160,6 @@ def test_the_compact_table_has_means_and_the_best_in_bold_once_all_methods_are_t
     assert "On cpu, with torch 1; commit c." in long
 
 
-def test_the_compact_table_has_the_gaussian_with_a_beta_of_3_in_the_mazes_and_the_long_one_both(tmp_path):
-    put(tmp_path, "maze2d-large-remade", "iql", 40.0)
-    put(tmp_path, "maze2d-large-remade", "iql-beta3", 70.0)
-    short, long = pages(tmp_path)
-    assert "| `maze2d-large-remade` |  | 70.0 |  |  |  |" in short and "40.0" not in short
-    assert "| `maze2d-large-remade` | IQL | 40.0 |" in long and "| `maze2d-large-remade` | IQL, beta3 | 70.0 |" in long
-    assert "| `maze2d-large-v1` | IQL | 61.7 | 70.0 | CORL |" in long
-
-
 def test_the_methods_are_compared_over_all_sets_that_are_complete(tmp_path):
     for name, value in (("bandit", 90.0), ("halfcheetah-demo", 10.0), ("hopper-medium-remade", 30.0)):
         for row in tables.COLUMNS:
