@@ -285,7 +285,7 @@ def d_alpha_sigma(t: Tensor, path: str) -> tuple[Tensor, Tensor]:
     """Their derivatives by t; sigma'_t of vp is infinite at t = 0."""
     alpha, sigma = alpha_sigma(t, path)
     if path == "vp":
-        # differs from the reference code: there the 0.1 in alpha' is missing, so that actions keep some noise
+        # differs from a bug in the reference code: there the 0.1 in alpha' is missing, so that actions keep some noise
         d_alpha = -0.5 * (0.1 + 19.9 * t) * alpha
         return d_alpha, -alpha * d_alpha / sigma  # from alpha^2 + sigma^2 = 1
     if path == "gvp":
@@ -380,7 +380,7 @@ def sample_with_log_density(net: nn.Module, obs: Tensor, args: Args) -> tuple[Te
 def log_density(net: nn.Module, obs: Tensor, action: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """Eq. (13) of given actions, and the undo error: (B, O), (B, A) -> (B,), (B,). The sampler's steps are undone; the
     error is how far a step, done again, lands off: unless tiny, the density is wrong. Differentiable in action, net."""
-    # differs from the reference code: there the likelihood detaches z, so that the KL has a wrong gradient
+    # differs from a bug in the reference code: there the likelihood detaches z, so that the KL has a wrong gradient
     z, log_dets, undo_error = action, 0.0, torch.zeros_like(action[:, 0])
     for t, t_next in reversed(times(obs, args)):
         z_next, step = z, euler_step(net, obs, t, t_next)

@@ -285,7 +285,7 @@ def d_alpha_sigma(t: Tensor, path: str) -> tuple[Tensor, Tensor]:
     """Their derivatives by t; sigma'_t of vp is infinite at t = 0."""
     alpha, sigma = alpha_sigma(t, path)
     if path == "vp":
-        # differs from the reference code: there the 0.1 in alpha' is missing, so that actions keep some noise
+        # differs from a bug in the reference code: there the 0.1 in alpha' is missing, so that actions keep some noise
         d_alpha = -0.5 * (0.1 + 19.9 * t) * alpha
         return d_alpha, -alpha * d_alpha / sigma  # from alpha^2 + sigma^2 = 1
     if path == "gvp":
@@ -408,7 +408,7 @@ def sampled_policy_loss(
     policy: nn.Module, behaviour: nn.Module, behaviour_args: Args, critic: Critic, obs: Tensor, args: Args
 ) -> tuple[Tensor, dict]:
     """Eq. (9). `behaviour` is a model of mu, with arguments of its own, from `load_net`."""
-    # differs from the reference code: there Eq. (9) crashes and, once mended, mixes samples of different states
+    # differs from a bug in the reference code: there Eq. (9) crashes; once mended, it mixes samples of several states
     with torch.no_grad():
         repeated = obs.repeat_interleave(args.candidates, 0)  # (B K, O), the K rows of a state side by side
         action = sample(behaviour, repeated, behaviour_args).clamp(-1, 1)  # (B K, A)

@@ -234,7 +234,7 @@ def implicit_weights(u: Tensor, args: Args, floor: float = 1e-3) -> Tensor:
     share = torch.where(u > 0, args.expectile, 1 - args.expectile)
     if args.critic_loss == "expectile":
         return share
-    # differs from IDQL's code: there the quantile weight is negative where Q < V, the exponential one a constant
+    # differs from a bug in IDQL's code: there quantile's weight is negative where Q < V, exponential's is a constant
     if args.critic_loss == "quantile":
         return share / u.abs().clamp(min=floor)  # singular at u = 0
     x = args.linex_alpha * u  # |f'| / |u| is alpha^2 times (min(e^x, linex_max) - 1) / x, which is 1 at x = 0

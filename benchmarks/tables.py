@@ -40,14 +40,15 @@ NOTES = """\
 * **How they act.** IQL takes the mean of its Gaussian, IDQL the sample with the largest Q (`--extraction argmax`) of 16
   on the bandit and of 32 elsewhere. Cloning, GMPO and GMPG are sampled on the bandit and the demo. On the remade sets
   they start from the mean of the noise (`--act-noise 0`), so that a state has one action.
-* **Critics.** All methods of a seed but cloning share one critic, which was trained first. In the mazes IQL's Gaussian
-  too was fitted to the finished critic. Elsewhere it was trained beside it, as `iql_critic.py` does.
+* **Critics.** All methods of a seed but cloning share one critic. IQL's Gaussian was trained beside it, as
+  `iql_critic.py` does. The other methods had the finished critic.
 * **Settings.** They are ours, not the papers': a small network, minutes to an hour of training, and on the remade sets
   LayerNorm, which rescales the outputs of each layer and makes the critic rise less beyond the data, and a beta of 3
   for IQL, GMPO and GMPG. They were tried on sets that are scored here: the critic in the medium maze; GMPG in umaze,
   medium and hopper's medium-replay; GMPO in all three mazes and hopper's medium-replay; IQL in all three mazes. The
   demo's and the bandit's settings were tried on these sets themselves. That the remade sets are acted on without noise
-  was chosen when all of GMPO's runs had been scored in both ways. GMPO was higher without it in eleven of thirteen.
+  was chosen when GMPO's runs on all of them had been scored in both ways. After these choices all runs of the table
+  were made anew.
 * **Budgets.** They are not equal. GMPG's policy takes 200 or 400 updates, after 8,000 to 100,000 of copying; the
   others' policies take 1,500 to 200,000. One update of GMPG goes through the whole sampler.
 
@@ -58,8 +59,7 @@ Score during training, of ten episodes (on the bandit of 4096 actions). The line
 band reaches from the lowest to the highest, and where there is one seed there is no band. 100 % is the end of each
 method's own policy training, of different length for each; GMPG's copying is not in it. A dot alone is an end. In the
 mazes IQL's and GMPO's lines often move more from one evaluation to the next than the methods differ. The ends differ
-from the table, which has 100 episodes, and where cloning, GMPO and GMPG act without noise on the remade sets; here they
-had noise.
+from the table, which has 100 episodes.
 
 ![learning curves](benchmarks/results/curves.png)
 """
@@ -78,11 +78,10 @@ DETAILS = """Made by `python benchmarks/scores.py`, which also says what is run.
   none is left out in a single set. With three seeds the interval is just the lowest and the highest of them, which is
   less than 95 %.
 * **last**, **best**: of the evaluations during training, which have ten episodes, means over seeds. The best one is
-  chosen by its own score, and so promises too much. Cloning, GMPO and GMPG still acted with noise in them, which was
-  the default then; the scores are without (see "Why the table's policies act without noise").
-* **steps**, **minutes**: of one run. They leave out the critic's training where IQL's critic was used. The minutes are
-  those of whatever machine had the run, with other runs beside it, and one of IDQL's runs on the demo and cloning's in
-  the mazes had a GPU. So compare them only roughly.
+  chosen by its own score, and so promises too much.
+* **steps**, **minutes**: of one run. They leave out the critic's training where IQL's critic was used. Some runs had
+  one of two cores, others an NVIDIA H100 that two dozen runs shared (their commands have `--cudagraph`), and a row may
+  have both. So compare the minutes only roughly.
 * Rows at the end, once there are any, are over the sets, without the bandit, in which every method has two seeds.
 """
 PUBLISHED = """Published figures for D4RL's own sets, beside ours for another dataset of much the same recipe. They show
@@ -95,13 +94,10 @@ whether this is why our scores are so much lower was not tested.
 """
 
 COMMANDS = """The commands of the first seed. They train. The table's scores were then made by the same file, with
-the same `--run-dir` and with `--eval-only --eval-episodes 100`, and `--act-noise 0` where the result's `eval` says
-so. `results/<set>/<method>/seed<k>.json` has the command, the versions and both evaluations of every seed. IQL's
-runs in the mazes were begun on a GPU and finished on a CPU, from about 73,000 steps on; their minutes are those of
-both. A command shows with `--cudagraph` or `--device cpu` where a run was begun; without either it was on a CPU.
-IQL's runs in the mazes that have no `--beta 3` had a beta of 10, the default then. `-dirty` behind a commit says
-that files had been changed and not committed: new result files in most cases. In e6a6632-dirty it was LayerNorm and
-the mazes' expectile, which 31f05b9 has.
+the same `--run-dir` and with `--eval-only --eval-episodes 100`. `results/<set>/<method>/seed<k>.json` has the command,
+the versions and both evaluations of every seed. A run whose command has `--cudagraph` was trained on a GPU, any other
+on a CPU. `-dirty` behind a commit says that files had been changed and not committed: in 311a6bd-dirty the change
+was the one of 8f23b25, which takes a row off the list of runs.
 """
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ def equation_table() -> str:
 
 
 def differences() -> str:
-    """A bullet for each `# differs from ...` comment, with the files that have it."""
-    found = {}
+    """A bullet for each `# differs from ...` comment, with the files that have it; first those about bugs."""
+    bugs, choices = {}, {}
     for name in FILES:
         lines = (ROOT / name).read_text().splitlines()
         for k, line in enumerate(lines):
@@ -50,8 +50,11 @@ def differences() -> str:
                 while lines[k + 1].strip().startswith("# ") and not lines[k + 1].strip().startswith("# differs"):
                     k += 1
                     text += " " + lines[k].strip()[2:]
-                found.setdefault(text[2].upper() + text[3:], []).append(f"`{name}`")
-    return "\n".join(f"* {text}. ({', '.join(names)})" for text, names in found.items())
+                found = bugs if text.startswith("# differs from a bug in ") else choices
+                text = text.removeprefix("# ").removeprefix("differs from a bug in ")
+                found.setdefault(text[0].upper() + text[1:], []).append(f"`{name}`")
+    lists = ["\n".join(f"* {text}. ({', '.join(names)})" for text, names in found.items()) for found in (bugs, choices)]
+    return "Mistakes in the authors' code that are put right here:\n\n{}\n\nChoices of our own:\n\n{}".format(*lists)
 
 
 def current() -> str:
