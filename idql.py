@@ -333,7 +333,7 @@ def choose(q: Tensor, v: Tensor, args: Args) -> Tensor:
     if args.extraction == "softmax":
         weight = torch.softmax(args.beta * q, -1)
     else:
-        weight = implicit_weights(q - v[:, None], args)  # Eq. (11)
+        weight = implicit_weights(q - v[:, None], args)
     return torch.multinomial(weight, 1).squeeze(-1)
 
 

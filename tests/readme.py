@@ -1,4 +1,4 @@
-"""The parts of README that are made from the sources: equation -> lines, and the list of differences.
+"""The parts of README that are made from the sources: equation -> line, and the list of differences.
 
 python tests/readme.py      write them into README.md
 """
@@ -10,15 +10,17 @@ ROOT = Path(__file__).parents[1]
 FILES = ["iql_critic.py", "gmpo.py", "gmpg.py", "idql.py"]
 
 
-def equation_lines(name: str) -> dict[int, list[int]]:
-    """Equation number -> the lines that are tagged with it, from section 2 on."""
+def equation_lines(name: str) -> dict[int, int]:
+    """Equation number -> the line that computes it: code tagged with it, else the docstring of its function."""
     text = (ROOT / name).read_text()
-    start, found = text[: text.index("# 2. Networks")].count("\n") + 1, {}
-    for number, line in enumerate(text.splitlines(), 1):
-        for tag in re.findall(r"Eqs?\. ((?:\(\d+\)(?:, | and )?)+)", line) if number >= start else []:
-            for equation in re.findall(r"\d+", tag):
-                found.setdefault(int(equation), []).append(number)
-    return found
+    first, last = (text[: text.index(title)].count("\n") + 1 for title in ("# 2. Networks", "# 6. Training"))
+    code, docstrings = {}, {}
+    for number, line in enumerate(text.splitlines()[:last], 1):
+        before, *tags = re.split(r"Eqs?\. ((?:\(\d+\)(?:, | and )?)+)", line)
+        if tags and number > first and not line.strip().startswith("#"):
+            for equation in re.findall(r"\d+", " ".join(tags[::2])):
+                (code if "#" in before else docstrings).setdefault(int(equation), number)
+    return docstrings | code
 
 
 def formulas() -> dict[int, str]:
@@ -35,7 +37,7 @@ def equation_table() -> str:
     rows = ["| | equation | " + " | ".join(f"`{name}`" for name in FILES) + " |", "| --- " * (len(FILES) + 2) + "|"]
     for number, formula in sorted(formulas().items()):
         shown = formula.replace("|", "\\|")
-        cells = [", ".join(f"[{k}]({name}#L{k})" for k in lines[name].get(number, [])) for name in FILES]
+        cells = [f"[{k}]({name}#L{k})" if (k := lines[name].get(number)) else "" for name in FILES]
         rows.append(f"| ({number}) | `{shown}` | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
