@@ -3,7 +3,7 @@
     python benchmarks/scores.py                                   everything that is missing; days on two cores
     python benchmarks/scores.py --sets bandit halfcheetah-demo    these sets alone, in some hours
     python benchmarks/scores.py --folder again                    all of it anew, with its own results and pages
-    python benchmarks/scores.py --workers 12 --flags=--cudagraph  on a GPU, which a dozen runs share
+    python benchmarks/scores.py --workers 24 --flags=--cudagraph  on a GPU, which two dozen runs share
     python benchmarks/scores.py --tables-only                     tables and pictures from the results that are there
 
 A run is the one command that a user would type, with the settings of the files; it lies in runs/scores. After it the

@@ -47,8 +47,8 @@ NOTES = """\
   for IQL, GMPO and GMPG. They were tried on sets that are scored here: the critic in the medium maze; GMPG in umaze,
   medium and hopper's medium-replay; GMPO in all three mazes and hopper's medium-replay; IQL in all three mazes. The
   demo's and the bandit's settings were tried on these sets themselves. That the remade sets are acted on without noise
-  was chosen when GMPO's runs on all of them had been scored in both ways. After these choices all runs of the table
-  were made anew.
+  was chosen when GMPO's runs on all of them had been scored in both ways. After these choices all runs on the remade
+  sets were made anew.
 * **Budgets.** They are not equal. GMPG's policy takes 200 or 400 updates, after 8,000 to 100,000 of copying; the
   others' policies take 1,500 to 200,000. One update of GMPG goes through the whole sampler.
 
@@ -79,7 +79,8 @@ DETAILS = """Made by `python benchmarks/scores.py`, which also says what is run.
   none is left out in a single set. With three seeds the interval is just the lowest and the highest of them, which is
   less than 95 %.
 * **last**, **best**: of the evaluations during training, which have ten episodes, means over seeds. The best one is
-  chosen by its own score, and so promises too much.
+  chosen by its own score, and so promises too much. In umaze and medium GMPO's third seed has ten evaluations, the
+  others five.
 * **steps**, **minutes**: of one run. They leave out the critic's training where IQL's critic was used. Some runs had
   one of two cores, others an NVIDIA H100 that two dozen runs shared (their commands have `--cudagraph`), and a row may
   have both. So compare the minutes only roughly.
@@ -193,13 +194,10 @@ def detailed_table(found: dict) -> str:
                 results = [record["result"] for record in records]
                 last, best = np.mean([score(r) for r in results]), np.mean([r["best"] for r in results])
                 minutes = np.mean([result["minutes"] for result in results])
-                numbers = [
-                    f"{last:.1f}",
-                    f"{best:.1f}",
-                    str(len(records)),
-                    f"{results[0]['steps']:,}",
-                    f"{minutes:.1f}",
-                ]
+                seeds, steps = str(len(records)), f"{results[0]['steps']:,}"
+                numbers = [f"{last:.1f}", f"{best:.1f}", seeds, steps, f"{minutes:.1f}"]
+                if not records[0]["curve"]:  # another row's run, scored again
+                    numbers = ["", "", seeds, "", ""]
                 values = scores(records)
                 body.append([f"`{name}`", label(row), mean_and_spread(values), iqm_cell([values]), *numbers])
     whole = [rows for name, rows in found.items() if name != "bandit"]
@@ -256,13 +254,13 @@ def curves(found: dict) -> Figure:
         axes = figure.add_subplot(lines, columns, k)
         axes.set_title(name, fontsize=9)
         for colour, row in enumerate(COLUMNS):
-            several = [record["curve"] for record in rows[row] if record["curve"]]
+            several = [dict(record["curve"]) for record in rows[row] if record["curve"]]
             if not several:
                 continue
-            count = min(map(len, several))
-            values = np.array([curve[:count] for curve in several])[..., 1]  # (seeds, evaluations)
+            common = sorted(set(several[0]).intersection(*several))  # the steps at which every seed was evaluated
+            values = np.array([[curve[step] for step in common] for curve in several])  # (seeds, evaluations)
             total, steps = rows[row][0]["result"]["steps"], rows[row][0]["budget"]["policy_steps"]
-            x = [100 * (step - total + steps) / steps for step, _ in several[0][:count]]
+            x = [100 * (step - total + steps) / steps for step in common]
             axes.plot(x, values.mean(0), marker=".", ms=4, c=f"C{colour}", label=label(row))
             axes.fill_between(x, values.min(0), values.max(0), color=f"C{colour}", alpha=0.2, lw=0)
         axes.tick_params(labelsize=7)

@@ -160,6 +160,13 @@ def test_the_compact_table_has_means_and_the_best_in_bold_once_all_methods_are_t
     assert "On cpu, with torch 1; commit c." in long
 
 
+def test_a_learning_curve_has_the_steps_at_which_every_seed_was_evaluated():
+    often, seldom = record(1.0) | {"curve": [[5, 1.0], [10, 2.0]]}, record(1.0) | {"curve": [[10, 6.0]]}
+    found = {"bandit": {row: [] for row in tables.COLUMNS} | {"gmpo": [often, seldom]}}
+    (line,) = tables.curves(found).axes[0].lines
+    assert line.get_xydata().tolist() == [[100.0, 4.0]]
+
+
 def test_the_methods_are_compared_over_all_sets_that_are_complete(tmp_path):
     for name, value in (("bandit", 90.0), ("halfcheetah-demo", 10.0), ("hopper-medium-remade", 30.0)):
         for row in tables.COLUMNS:
