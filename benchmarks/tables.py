@@ -100,7 +100,8 @@ COMMANDS = """The commands of the first seed. They train. The table's scores wer
 the same `--run-dir` and with `--eval-only --eval-episodes 100`. `results/<set>/<method>/seed<k>.json` has the command,
 the versions and both evaluations of every seed. A run whose command has `--cudagraph` was trained on a GPU, any other
 on a CPU. `-dirty` behind a commit says that files had been changed and not committed: in 311a6bd-dirty the change
-was the one of 8f23b25, which takes a row off the list of runs.
+was the one of 8f23b25, which takes a row off the list of runs, in e6a6632-dirty it was LayerNorm and the mazes'
+expectile, which 31f05b9 has, and in 31f05b9-dirty it was new result files.
 """
 
 # ------------------------------------------------------------------------------------------------------------------
