@@ -25,8 +25,8 @@ or more. Cloning is GMPO that copies all actions of the data alike.
 """
 NOTES = """\
 * **Scores.** On the demo 100 is the undisturbed runner. Names that end in `remade` have D4RL's scale: 0 is a random
-  policy and 100 is D4RL's expert. The experts in our own data have 106 on the hopping robot and 90 on the walking one. In
-  mazes D4RL's expert is a controller that often failed, so that scores over 100 are possible.
+  policy and 100 is D4RL's expert. The experts in our own data have 106 on the hopping robot and 90 on the walking one.
+  In mazes D4RL's expert is a controller that often failed, so that scores over 100 are possible.
   A ball that is in the goal's circle in every step scores 200 in umaze, 222 in medium and 297 in large. No policy gets
   that, because the ball starts elsewhere. Cloning has next to nothing in a maze, because nobody told those who made the
   data where the goal is.
@@ -57,10 +57,10 @@ The commands, intervals and published figures are in [benchmarks/README.md](benc
 """
 CURVES = """\
 Score during training, of ten episodes (on the bandit of 4096 actions). The line is the mean of the seeds, and the
-band reaches from the lowest to the highest. 100 % is the end of each policy's training. These trainings differ in length,
-and GMPG's first stage, copying the data, is not shown. A single dot is a method that was scored only at its end. In the
-mazes IQL's and GMPO's lines often move more from one evaluation to the next than the methods differ. The ends differ
-from the table, which has 100 episodes.
+band reaches from the lowest to the highest. 100 % is the end of each policy's training. These trainings differ in
+length, and GMPG's first stage, copying the data, is not shown. A single dot is a method that was scored only at its
+end. In the mazes IQL's and GMPO's lines often move more from one evaluation to the next than the methods differ. The
+ends differ from the table, which has 100 episodes.
 
 ![learning curves](benchmarks/results/curves.png)
 """
@@ -101,7 +101,9 @@ the same `--run-dir` and with `--eval-only --eval-episodes 100`. `results/<set>/
 the versions and both evaluations of every seed. A run whose command has `--cudagraph` was trained on a GPU, any other
 on a CPU. `-dirty` behind a commit says that files had been changed and not committed: in 311a6bd-dirty the change
 was the one of 8f23b25, which takes a row off the list of runs, in e6a6632-dirty it was LayerNorm and the mazes'
-expectile, which 31f05b9 has, and in 31f05b9-dirty it was new result files.
+expectile, which 31f05b9 has, and in 31f05b9-dirty it was new result files. The bandit's and the demo's runs are
+of older commits than the others. Each of these commits and 8f23b25 log the same numbers, to the last digit, when they
+train for a few hundred steps on one machine, so that all rows are of the same algorithms.
 """
 
 # ------------------------------------------------------------------------------------------------------------------
