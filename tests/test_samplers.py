@@ -126,7 +126,8 @@ def test_ode_order(method, order):
     network, x = Network(3, scale=3.0), torch.randn(8, 3, dtype=DTYPE, generator=seeded())
     with torch.no_grad():
         ends = torch.tensor([1.0, 0.0], dtype=DTYPE)
-        exact = torchdiffeq.odeint(lambda t, x: network(x, t), x, ends, method="dopri8", rtol=1e-13, atol=1e-13)[-1]
+        # not by dopri8: torchdiffeq interpolates its last step, which can be off by 1e-8, as much as rk4 is
+        exact = torchdiffeq.odeint(lambda t, x: network(x, t), x, ends, method="dopri5", rtol=1e-12, atol=1e-12)[-1]
         errors = [(samplers.ode(network, x, n, method) - exact).norm() for n in (20, 40)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25)
 
