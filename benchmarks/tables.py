@@ -101,9 +101,9 @@ the same `--run-dir` and with `--eval-only --eval-episodes 100`. `results/<set>/
 the versions and both evaluations of every seed. A run whose command has `--cudagraph` was trained on a GPU, any other
 on a CPU. `-dirty` behind a commit says that files had been changed and not committed: in 311a6bd-dirty the change
 was the one of 8f23b25, which takes a row off the list of runs, in e6a6632-dirty it was LayerNorm and the mazes'
-expectile, which 31f05b9 has, and in 31f05b9-dirty it was new result files. The bandit's and the demo's runs are
-of older commits than the others. Each of these commits and 8f23b25 log the same numbers, to the last digit, when they
-train for a few hundred steps on one machine, so that all rows are of the same algorithms.
+expectile, which 31f05b9 has, and in 31f05b9-dirty it is not recorded. The bandit's and the demo's runs are of older
+commits than the others. Each of these commits, without such changes, and 8f23b25 log the same numbers, to the last
+digit, when they train for a few hundred steps on one machine, so that all rows are of the same algorithms.
 """
 
 # ------------------------------------------------------------------------------------------------------------------

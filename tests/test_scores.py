@@ -167,6 +167,12 @@ def test_a_learning_curve_has_the_steps_at_which_every_seed_was_evaluated():
     assert line.get_xydata().tolist() == [[100.0, 4.0]]
 
 
+def test_a_row_that_scores_a_run_again_has_no_training_of_its_own(tmp_path):
+    path = tmp_path / "benchmarks/results/bandit/idql-softmax/seed0.json"
+    tables.write(path, json.dumps(record(90.0) | {"curve": []}))
+    assert "| `bandit` | IDQL, softmax | 90.0 | 90.0 |  |  | 1 |  |  |" in pages(tmp_path)[1]
+
+
 def test_the_methods_are_compared_over_all_sets_that_are_complete(tmp_path):
     for name, value in (("bandit", 90.0), ("halfcheetah-demo", 10.0), ("hopper-medium-remade", 30.0)):
         for row in tables.COLUMNS:
